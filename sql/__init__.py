@@ -1,0 +1,157 @@
+"""The query module: every statement that the service sends, one `.sql` file each.
+
+`$1` is the caller in all of them, and `Queries` takes the caller as the first argument of every method. Importing this
+module fails unless each is bound to its caller in the one way that `load` knows, so who may see what is settled here.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+FOLDER = Path(__file__).parent
+
+ACQUIRE_TIMEOUT = 5.0
+"""Seconds that a request waits for a connection. Two tries of a read, COMMAND_TIMEOUT included, take less than 30."""
+
+COMMAND_TIMEOUT = 8.0
+"""Seconds that a statement may take, a wait for a locked row included."""
+
+SCHEMA_TIMEOUT = 3600.0
+"""Seconds that applying the schema may take: adopting a large table rewrites it."""
+
+CONNECTION_LOST = (
+    ConnectionError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+"""What a statement raises on a connection that died in the pool, depending on when the death is noticed."""
+
+
+def read(name: str) -> str:
+    """Return the text of a file in this folder."""
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def load(name: str) -> str:
+    """Return a statement; raise ValueError unless its text binds it to the caller.
+
+    The rule knows one way to write each thing and refuses the rest. The table is named once, and so is `user_id`: by
+    `WHERE user_id = $1`, right behind `FROM task` or the SET of an UPDATE, alone or before an AND; or by an INSERT of
+    one row that begins with `$1`. No other table is read, no OR widens the WHERE, and there is nothing that hides text.
+    """
+    statement = read(name)
+    text = " ".join(re.sub(r"^--.*$|'[^'\\]*'|{task}", " ", statement, flags=re.MULTILINE).split())
+    bound = re.search(
+        r"(FROM task|UPDATE task SET ((?!(?i:SELECT)).)*) WHERE user_id = \$1( AND | ORDER BY | RETURNING |$)"
+        r"|INTO task \(user_id, [^()]*\) VALUES \(\$1, [^()]*\)( RETURNING |$)",
+        text,
+    )
+    named_once = ("task", "user_id", r"\b(FROM|JOIN|USING|INTO|TABLE|UPDATE)\b(?! \()")
+    hidden_or_wider = r"(?<![a-z_])OR\b|--|/\*|[\"\\;]|\$\D"
+    if (
+        not bound
+        or any(len(re.findall(word, text, re.IGNORECASE)) != 1 for word in named_once)
+        or re.search(hidden_or_wider, text, re.IGNORECASE)
+    ):
+        raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
+    return statement.replace("{task}", read("task.sql"))
+
+
+SCHEMA = read("schema.sql")
+LIST_TASKS = load("list_tasks.sql")
+GET_TASK = load("get_task.sql")
+CREATE_TASK = load("create_task.sql")
+UPDATE_TASK = load("update_task.sql")
+COMPLETE_TASK = load("complete_task.sql")
+DELETE_TASK = load("delete_task.sql")
+
+
+class Connection(asyncpg.Connection):
+    """A connection that is not reset when it goes back to the pool.
+
+    By default asyncpg sends a query that resets the session at every release, which doubles the round trips. The
+    statements of this module leave nothing in the session to reset.
+    """
+
+    def get_reset_query(self) -> str:
+        return ""
+
+
+class Queries:
+    """The statements on a pool of `Connection`, each for the caller that it is given. Tasks come back as JSON text.
+
+    Each method sends one statement and lets the errors of asyncpg and of the operating system through.
+    """
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self.pool = pool
+        self.schema_applied = False
+
+    async def apply_schema(self) -> None:
+        """Create or adopt the table. Until this has succeeded, every other method raises ConnectionError."""
+        async with self.pool.acquire(timeout=ACQUIRE_TIMEOUT) as connection, connection.transaction():
+            await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
+        self.schema_applied = True
+
+    async def list_tasks(self, user_id: str, completed: list[bool]) -> str:
+        """Return the caller's tasks whose `completed` is among the given values, newest first, as a JSON array."""
+        row = await self._read(LIST_TASKS, user_id, completed)
+        assert row is not None  # an aggregate always returns a row
+        return str(row[0])
+
+    async def get_task(self, user_id: str, task_id: int) -> str | None:
+        """Return a task, or None where the caller has none with this id."""
+        row = await self._read(GET_TASK, user_id, task_id)
+        return row[0] if row else None
+
+    async def create_task(self, user_id: str, title: str, description: str | None, completed: bool) -> tuple[str, int]:
+        """Insert a task; return it and its id."""
+        row = await self._send(CREATE_TASK, user_id, title, description, completed)
+        assert row is not None
+        return row[0], row[1]
+
+    async def update_task(self, user_id: str, task_id: int, changes: Mapping[str, Any]) -> str | None:
+        """Set the fields that `changes` has, of title, description and completed; return the task or None."""
+        row = await self._send(
+            UPDATE_TASK,
+            user_id,
+            task_id,
+            changes.get("title"),
+            "description" in changes,
+            changes.get("description"),
+            changes.get("completed"),
+        )
+        return row[0] if row else None
+
+    async def complete_task(self, user_id: str, task_id: int, completed: bool | None) -> str | None:
+        """Set `completed`, or toggle it where None is given; return the task or None."""
+        row = await self._send(COMPLETE_TASK, user_id, task_id, completed)
+        return row[0] if row else None
+
+    async def delete_task(self, user_id: str, task_id: int) -> bool:
+        """Delete a task; return whether there was one."""
+        return await self._send(DELETE_TASK, user_id, task_id) is not None
+
+    async def _send(self, statement: str, user_id: str, *parameters: object) -> asyncpg.Record | None:
+        if not self.schema_applied:
+            raise ConnectionError("the schema has not been applied yet")
+        try:
+            async with self.pool.acquire(timeout=ACQUIRE_TIMEOUT) as connection:
+                return await connection.fetchrow(statement, user_id, *parameters)
+        except (*CONNECTION_LOST, asyncpg.ReadOnlySQLTransactionError):
+            # A restart has ended all the connections of the pool, a failover left them with what is a standby now.
+            await self.pool.expire_connections()
+            raise
+
+    async def _read(self, statement: str, user_id: str, *parameters: object) -> asyncpg.Record | None:
+        """Send a statement that changes nothing, a second time where its connection turns out to be dead."""
+        try:
+            return await self._send(statement, user_id, *parameters)
+        except CONNECTION_LOST:
+            return await self._send(statement, user_id, *parameters)

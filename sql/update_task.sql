@@ -1,0 +1,13 @@
+-- The changed task, or no row. $2: its id, $3: title, $4: whether to set the description, $5: to what (null clears it),
+-- $6: completed. A null $3 or $6 keeps what is there, which is safe because neither column can be null.
+UPDATE task
+SET title = coalesce($3::text, title),
+    description = CASE WHEN $4::boolean THEN $5::text ELSE description END,
+    completed = coalesce($6::boolean, completed),
+    updated_at = CASE
+        WHEN num_nonnulls($3, nullif($4, false), $6) > 0 THEN greatest(now(), updated_at + interval '1 microsecond')
+        ELSE updated_at
+    END
+WHERE user_id = $1
+  AND id = $2
+RETURNING {task}
