@@ -57,6 +57,7 @@ DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token
 VERSION = "1.0.0"
 
 log = logging.getLogger("service")
+logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of the issuer's keys
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 
 
@@ -74,6 +75,10 @@ class Settings:
     ignored: list[str]
     """What stood in the query of DATABASE_URL and asyncpg does not know."""
     secret: bytes = field(repr=False)
+    """What HS256 tokens are signed with; empty where none are accepted."""
+    better_auth: str | None
+    """The origin of the Better Auth server, which is the `iss` and the `aud` of its tokens."""
+    jwks_url: str | None
     audience: str | None
     issuer: str | None
     cors_origins: list[str]
@@ -86,6 +91,8 @@ SECRET_LENGTH = 32
 """Characters. An HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)."""
 
 CORS_DEFAULT = "http://localhost:3000,http://127.0.0.1:3000,http://localhost:5173"
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 SESSION_ATTRIBUTES = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
@@ -108,16 +115,24 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             "DATABASE_URL is not set: give it the postgresql:// URL of your database, or run `uv run service.py` to"
             " have an embedded one."
         )
-    if "BETTER_AUTH_SECRET" not in given:
-        raise SettingError("BETTER_AUTH_SECRET is not set: give it the secret that your Better Auth server signs with.")
-    if len(given["BETTER_AUTH_SECRET"]) < SECRET_LENGTH:
+    if not {"BETTER_AUTH_URL", "JWKS_URL", "BETTER_AUTH_SECRET"} & given.keys():
+        raise SettingError(
+            "BETTER_AUTH_URL is not set: give it the public URL of your Better Auth server, or set BETTER_AUTH_SECRET"
+            " where that signs its tokens with HS256."
+        )
+    secret = given.get("BETTER_AUTH_SECRET", "")
+    if 0 < len(secret) < SECRET_LENGTH:
         raise SettingError(f"BETTER_AUTH_SECRET is too short: it needs at least {SECRET_LENGTH} characters.")
+    origins = {name: http_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
+    better_auth = origins.get("BETTER_AUTH_URL")
     database, ignored = read_database_url(given["DATABASE_URL"])
     database["max_size"] = whole_number(given, "DATABASE_POOL_SIZE", default=8, least=1, most=1000)
     return Settings(
         database=database,
         ignored=ignored,
-        secret=given["BETTER_AUTH_SECRET"].encode("utf-8", "surrogateescape"),
+        secret=secret.encode("utf-8", "surrogateescape"),
+        better_auth=better_auth,
+        jwks_url=given.get("JWKS_URL", f"{better_auth}/api/auth/jwks" if better_auth else None),
         audience=given.get("JWT_AUDIENCE"),
         issuer=given.get("JWT_ISSUER"),
         cors_origins=[read_origin(text) for text in given.get("CORS_ORIGINS", CORS_DEFAULT).split(",") if text.strip()],
@@ -142,6 +157,19 @@ def read_origin(text: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+", origin):
         raise SettingError("CORS_ORIGINS must be origins like https://app.example.com, separated by commas.")
     return origin
+
+
+def http_origin(name: str, url: str) -> str:
+    """Return the origin of a URL, as `new URL(url).origin` is in JavaScript: neither a path nor a default port."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or not url.isprintable():
+        raise SettingError(f"{name} must be a URL like https://app.example.com.")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, DEFAULT_PORTS[parts.scheme]) else "")
 
 
 def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
@@ -217,9 +245,10 @@ NOT_DECLARED_JSON = "The body must be JSON, with Content-Type: application/json"
 NOT_JSON = "The body must be valid JSON, encoded as UTF-8"
 BUG = "Internal Server Error"
 NO_DATABASE = "The database is not available right now, try again soon"
+NO_KEYS = "The keys to verify tokens with are not available right now, try again soon"
 
 RETRY_AFTER = "2"
-"""Seconds after which a client may try again what failed for want of the database."""
+"""Seconds after which a client may try again what failed for want of the database, or of the issuer's keys."""
 
 # What the environment does to us, in the classes of PostgreSQL's SQLSTATE: it passes, and is not the client's fault.
 UNAVAILABLE = (
@@ -417,14 +446,153 @@ def finite(text: str) -> float:
 
 # --- Identity: who is calling ----------------------------------------------------------------------------------------
 
-LEEWAY = 30
-"""Seconds by which the issuer's clock and ours may differ."""
+LEEWAY = 30  # seconds by which the issuer's clock and ours may differ
+CACHED_TOKENS = 4096  # verifying one costs as much as the rest of a request
+CACHED_TOKEN_LENGTH = 2048  # bytes; longer tokens are not remembered, which bounds the memory for them
 
-CACHED_TOKENS = 4096
-"""Verified tokens that a process remembers, because verifying one costs as much as the rest of a request."""
+PUBLIC_KEY_ALGORITHMS = ("EdDSA", "ES256", "ES512", "RS256", "PS256")
+KEYS_REFRESH = 120.0  # seconds between two fetches: so long a key is accepted that the issuer has retired
+KEYS_PAUSE = 2.0  # seconds until the next fetch for a token that names an unknown key, as anybody can make up
+KEYS_TIMEOUT = 3.0  # seconds that a fetch may take in all
+KEYS_LIMIT = 65_536  # bytes, enough for a hundred keys
 
-CACHED_TOKEN_LENGTH = 2048
-"""Bytes. Longer tokens are not remembered, which bounds the memory for them."""
+# The `aud` of what Better Auth keeps in a cookie: signed with the same keys, and never meant for an API.
+SESSION_CACHE = "better-auth:session-cache"
+
+
+class Identity:
+    """Who is calling: the keys that tokens are verified with, and the tokens that have been."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.verified: dict[bytes, tuple[str, float]] = {}
+        self.keys: dict[str | None, tuple[Any, list[str]]] = {}
+        """The issuer's public keys by their `kid`, each with the algorithms that it may be used with."""
+        self.key_set = bytearray()
+        self.fetching = asyncio.Lock()
+        self.fetch_error = "there was no fetch yet"
+        """Why the last fetch failed, or nothing if it did not."""
+        self.pause_until = 0.0
+        if settings.jwks_url:
+            import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
+
+            self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT)
+
+    async def caller(self, authorization: bytes) -> str:
+        """Return the user id that an Authorization header proves; raise 401, or 503 for want of the issuer's keys."""
+        scheme, _, token = authorization.strip().partition(b" ")
+        token = token.strip()
+        if scheme.lower() != b"bearer" or not token:
+            raise ApiError(401, NOT_AUTHENTICATED, {"WWW-Authenticate": "Bearer"})
+        user_id, expires = self.verified.get(token, ("", 0.0))
+        if time.time() < expires:
+            return user_id
+        try:
+            user_id, expires = await self.verify(token)
+        except jwt.PyJWTError as error:
+            expired = isinstance(error, jwt.ExpiredSignatureError)
+            detail = "Token has expired" if expired else "Invalid token"
+            raise ApiError(401, detail, {"WWW-Authenticate": 'Bearer error="invalid_token"'}) from None
+        if len(token) <= CACHED_TOKEN_LENGTH:
+            if len(self.verified) >= CACHED_TOKENS:
+                del self.verified[next(iter(self.verified))]  # the one that was first verified longest ago
+            self.verified[token] = user_id, expires
+        return user_id
+
+    async def verify(self, token: bytes) -> tuple[str, float]:
+        """Return the `sub` and `exp` of a token (RFC 7519, section 7.2); raise PyJWTError, or 503.
+
+        The token's header only tells which key to take; the algorithms go with the key (RFC 8725, section 3.1).
+        """
+        settings = self.settings
+        audience, issuer = settings.audience, settings.issuer
+        header = jwt.get_unverified_header(token)
+        key: Any
+        if header.get("alg") in PUBLIC_KEY_ALGORITHMS and settings.jwks_url:
+            key, algorithms = await self.public_key(header.get("kid"))
+            audience, issuer = audience or settings.better_auth, issuer or settings.better_auth
+        elif settings.secret:
+            key, algorithms = settings.secret, ["HS256"]
+        else:
+            raise jwt.InvalidAlgorithmError
+        claims = jwt.decode(
+            token,
+            key,
+            algorithms=algorithms,
+            audience=audience,
+            issuer=issuer,
+            leeway=LEEWAY,
+            options={
+                "require": ["exp", "sub"],
+                "verify_aud": audience is not None,
+                "verify_exp": False,  # PyJWT reads "123" and true as numbers; see below
+            },
+        )
+        user_id, expires, meant_for = claims["sub"], claims["exp"], claims.get("aud")
+        if type(expires) not in (int, float) or not -math.inf < expires < math.inf or not storable_user_id(user_id):
+            raise jwt.InvalidTokenError
+        if SESSION_CACHE in (meant_for if isinstance(meant_for, list) else [meant_for]):
+            raise jwt.InvalidAudienceError
+        if expires <= time.time() - LEEWAY:
+            raise jwt.ExpiredSignatureError
+        return user_id, expires
+
+    async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
+        """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 where nobody can tell."""
+        if kid not in self.keys:
+            async with self.fetching:  # so that all who wait here wait for one fetch
+                if kid not in self.keys and time.monotonic() > self.pause_until:
+                    await self.fetch_keys()
+                    self.pause_until = time.monotonic() + KEYS_PAUSE
+        if kid in self.keys:
+            return self.keys[kid]
+        if self.fetch_error:
+            raise ApiError(503, NO_KEYS, {"Retry-After": RETRY_AFTER})
+        raise jwt.InvalidKeyError
+
+    async def keep_keys_fresh(self) -> None:
+        """Fetch the issuer's keys again and again, for as long as the process serves."""
+        while self.settings.jwks_url:
+            async with self.fetching:
+                await self.fetch_keys()
+            await asyncio.sleep(KEYS_REFRESH)
+
+    async def fetch_keys(self) -> None:
+        """Replace the keys by those that the issuer has now, or keep them and say in the log why; never raise."""
+        url, key_set, error_before = self.settings.jwks_url or "", bytearray(), self.fetch_error
+        try:
+            async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
+                answer.raise_for_status()  # which a redirect is an error for: it could lead to somebody else's keys
+                async for chunk in answer.aiter_bytes():
+                    key_set += chunk
+                    if len(key_set) > KEYS_LIMIT:
+                        raise ValueError(f"the answer has more than {KEYS_LIMIT} bytes")
+            if key_set != self.key_set:
+                self.keys, self.key_set = read_key_set(key_set), key_set
+                self.verified.clear()  # some may have been verified with a key that is no more
+                log.info("%s: fetched the keys %s", url, ", ".join(map(str, self.keys)))
+            self.fetch_error = ""
+        except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
+            self.fetch_error = reason(error)
+            if self.fetch_error != error_before:
+                log.warning("%s: no keys could be fetched: %s", url, self.fetch_error)
+
+
+def read_key_set(text: bytearray) -> dict[str | None, tuple[Any, list[str]]]:
+    """Return the usable keys of a JSON Web Key Set (RFC 7517, section 5) by their ids, each with its algorithms.
+
+    Raise ValueError, or what else comes of another text, if there are none.
+    """
+    keys = {}
+    for jwk in json.loads(text)["keys"]:
+        with contextlib.suppress(jwt.PyJWTError):  # one of a kind that we do not know may stand beside ours
+            key = jwt.PyJWK(jwk)
+            algorithms = ["RS256", "PS256"] if key.key_type == "RSA" and "alg" not in jwk else [key.algorithm_name]
+            if key.public_key_use in (None, "sig") and set(algorithms) <= set(PUBLIC_KEY_ALGORITHMS):
+                keys[key.key_id] = key.key, algorithms
+    if not keys:
+        raise ValueError("the answer has no key that is of use")
+    return keys
 
 
 class Authentication:
@@ -433,72 +601,23 @@ class Authentication:
     The caller, which is the token's `sub`, is `request.user` from there on.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, identity: Identity) -> None:
         self.app = app
-        self.settings = settings
-        self.verified: dict[bytes, tuple[str, float]] = {}
+        self.identity = identity
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and under_api(scope):
             try:
-                scope["user"] = self.caller(dict(scope["headers"]).get(b"authorization", b""))
+                scope["user"] = await self.identity.caller(dict(scope["headers"]).get(b"authorization", b""))
             except ApiError as error:
                 response = await error_response(Request(scope), error)
                 await response(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def caller(self, authorization: bytes) -> str:
-        """Return the user id that an Authorization header proves; raise 401."""
-        scheme, _, token = authorization.strip().partition(b" ")
-        token = token.strip()
-        if scheme.lower() != b"bearer" or not token:
-            raise ApiError(401, NOT_AUTHENTICATED, {"WWW-Authenticate": "Bearer"})
-        user_id, expires = self.verified.get(token, ("", 0.0))
-        if time.time() < expires:
-            return user_id
-        user_id, expires = self.verify(token)
-        if len(token) <= CACHED_TOKEN_LENGTH:
-            if len(self.verified) >= CACHED_TOKENS:
-                del self.verified[next(iter(self.verified))]  # the one that was first verified longest ago
-            self.verified[token] = user_id, expires
-        return user_id
-
-    def verify(self, token: bytes) -> tuple[str, float]:
-        """Return the `sub` and `exp` of a token; raise 401 (RFC 7519, section 7.2).
-
-        Only HS256 is accepted, whatever the token's header says (RFC 8725, section 3.1).
-        """
-        try:
-            claims = jwt.decode(
-                token,
-                self.settings.secret,
-                algorithms=["HS256"],
-                audience=self.settings.audience,
-                issuer=self.settings.issuer,
-                leeway=LEEWAY,
-                options={
-                    "require": ["exp", "sub"],
-                    "verify_aud": self.settings.audience is not None,
-                    "verify_exp": False,  # PyJWT reads "123" and true as numbers; see below
-                },
-            )
-        except jwt.PyJWTError:
-            raise unauthorized("Invalid token") from None
-        user_id, expires = claims["sub"], claims["exp"]
-        if type(expires) not in (int, float) or not -math.inf < expires < math.inf or not storable_user_id(user_id):
-            raise unauthorized("Invalid token")
-        if expires <= time.time() - LEEWAY:
-            raise unauthorized("Token has expired")
-        return user_id, expires
-
 
 def storable_user_id(user_id: str) -> bool:
     return 1 <= len(user_id) <= 255 and not re.search("[\0\ud800-\udfff]", user_id)
-
-
-def unauthorized(detail: str) -> ApiError:
-    return ApiError(401, detail, {"WWW-Authenticate": 'Bearer error="invalid_token"'})
 
 
 def under_api(scope: Scope) -> bool:
@@ -778,7 +897,7 @@ STATUSES: dict[int, tuple[str, ...]] = {
     415: ("The body is declared as something other than JSON.", NOT_DECLARED_JSON),
     422: ("A field, the id in the path or the status in the query is wrong.", ""),
     500: ("A bug. The log has it, with the request's id.", BUG),
-    503: ("The database is not available; nothing is wrong with the request.", NO_DATABASE, "Retry-After"),
+    503: ("The database or the issuer's keys are not available.", NO_DATABASE, "Retry-After"),
 }
 
 
@@ -907,6 +1026,7 @@ async def apply_schema_with_patience(queries: Queries) -> None:
 
 def create_app(settings: Settings) -> ASGIApp:
     """Return the application."""
+    identity = Identity(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -915,16 +1035,18 @@ def create_app(settings: Settings) -> ASGIApp:
         pool = await create_pool(settings)
         queries = Queries(pool)
         schema = asyncio.create_task(apply_schema_with_patience(queries))
+        keys = asyncio.create_task(identity.keep_keys_fresh())
         await asyncio.wait([schema], timeout=STARTUP_PATIENCE)
         yield {"queries": queries}
         schema.cancel()
+        keys.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_PATIENCE):
                 await pool.close()  # past the timeout it terminates the connections instead
 
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(Authentication, settings=settings)],
+        middleware=[Middleware(Authentication, identity=identity)],
         exception_handlers=dict.fromkeys((HTTPException, *UNAVAILABLE, *REFUSED, Exception), error_response),
         lifespan=lifespan,
     )
@@ -957,7 +1079,7 @@ STARTUP_FAILURE = 3
 
 def fail(message: str) -> NoReturn:
     """Print one sentence and exit."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {message}\n")  # in one piece, as several workers may have the same to say
     sys.exit(STARTUP_FAILURE)
 
 
@@ -1021,9 +1143,10 @@ def make_token(environ: Mapping[str, str], user_id: str) -> str:
     """Return an HS256 token for a user, valid for a day."""
     if not storable_user_id(user_id):
         raise SettingError("A user id must have 1 to 255 characters, none of them NUL.")
-    if environ.get("DATABASE_URL", "").strip():
-        read_settings(environ)  # which refuses to do without BETTER_AUTH_SECRET
-    secret = embedded_secret(environ)
+    if not environ.get("DATABASE_URL", "").strip():
+        secret = embedded_secret(environ).encode()
+    elif not (secret := read_settings(environ).secret):
+        raise SettingError("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
     now = int(time.time())
     claims = {"sub": user_id, "iat": now, "exp": now + 86_400}
     for claim, name in (("aud", "JWT_AUDIENCE"), ("iss", "JWT_ISSUER")):
