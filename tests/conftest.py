@@ -5,15 +5,32 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
+from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
 from tests.postgres import Postgres
 from tests.service_process import Client, Service, running
+
+CHROMIUM = Path("/usr/bin/chromium")
+PUBLIC = "tasks.example"
+"""A name under which the browser finds 127.0.0.1: a page that asks other hosts may refrain from it on localhost."""
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+    f"--host-resolver-rules=MAP {PUBLIC} 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+]
 
 embedded: Postgres | None = None
 
@@ -119,3 +136,22 @@ def nobody(service: Service) -> Iterator[Client]:
     """A client without a token."""
     with service.client() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"there is no {CHROMIUM}")
+    expect.set_options(timeout=20_000)  # for a busy machine
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A browser with an empty cache and no cookies."""
+    context = browser.new_context()
+    yield context
+    context.close()

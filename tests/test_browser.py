@@ -8,52 +8,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Request, expect
 
+from tests.conftest import PUBLIC
 from tests.postgres import free_port
 from tests.service_process import Client, Service, token
 
-CHROMIUM = Path("/usr/bin/chromium")
-PUBLIC = "tasks.example"
-"""A name under which the browser finds 127.0.0.1: a page that asks other hosts may refrain from it on localhost."""
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-    f"--host-resolver-rules=MAP {PUBLIC} 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
-]
-
 # ReDoc's bundle has the address of its maker's logo built in, and no option to leave it out.
 REDOC_LOGO = "https://cdn.redoc.ly/redoc/logo-mini-full.svg"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}")
-    expect.set_options(timeout=20_000)  # for a busy machine
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A browser with an empty cache and no cookies."""
-    context = browser.new_context()
-    yield context
-    context.close()
 
 
 # --- The documentation pages -----------------------------------------------------------------------------------------
