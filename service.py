@@ -240,6 +240,8 @@ class FieldError(TypedDict):
 
 NOT_AUTHENTICATED = "Not authenticated"
 NOT_FOUND = "Task not found"
+MOVED_ON = "The task has changed since the version that If-Match names"
+NOT_A_KEY = "Idempotency-Key must have 1 to 255 visible ASCII characters"
 TOO_LARGE = f"The body must have at most {BODY_LIMIT} bytes"
 NOT_DECLARED_JSON = "The body must be JSON, with Content-Type: application/json"
 NOT_JSON = "The body must be valid JSON, encoded as UTF-8"
@@ -394,13 +396,8 @@ def task_id_of(request: Request) -> int:
     return number if number < 2**63 else 0
 
 
-async def read_fields(request: Request, schema: Mapping[str, Any], *, optional: bool = False) -> dict[str, Any]:
-    """Return the body of a request, valid by the schema; raise the ApiError for one that is not.
-
-    An optional body that is absent is an empty object. All that is wrong is told at once, the id in the path included.
-    """
-    content = await read_body(request)
-    body = {} if optional and not content else parse_json(content)
+def valid_fields(request: Request, schema: Mapping[str, Any], body: object) -> dict[str, Any]:
+    """Return a parsed body if it is valid by the schema; raise 422 with all that is wrong, the id in the path too."""
     if errors := task_id_errors(request) + body_errors(schema, body):
         raise invalid(errors)
     assert isinstance(body, dict)
@@ -428,8 +425,14 @@ async def read_body(request: Request) -> bytearray:
     return content
 
 
-def parse_json(content: bytearray) -> object:
-    """Return the value of a JSON text in UTF-8 (RFC 8259); raise 400 for anything else, NaN and Infinity included."""
+async def read_json(request: Request, *, optional: bool = False) -> object:
+    """Return the value of a body in JSON and UTF-8 (RFC 8259); raise 400 for anything else, NaN and Infinity included.
+
+    An optional body that is absent is an empty object.
+    """
+    content = await read_body(request)
+    if optional and not content:
+        return {}
     try:
         return json.loads(content.decode(), parse_float=finite, parse_int=finite, parse_constant=finite)
     except (ValueError, RecursionError):
@@ -442,6 +445,41 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError("a number is out of range")
     return number
+
+
+# --- Conditions: what makes a request safe to repeat, and to race -----------------------------------------------------
+
+ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
+"""RFC 9110, section 8.8.3."""
+
+
+def entity_tags(request: Request, header: str) -> list[str]:
+    """Return the entity tags that a header lists (RFC 9110, section 5.6.1), or none if it is no list of them."""
+    text = ", ".join(request.headers.getlist(header))
+    is_list = re.fullmatch(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*", text)
+    return re.findall(ENTITY_TAG, text) if is_list else []
+
+
+def versions_to_change(request: Request) -> list[str] | None:
+    """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1)."""
+    if request.headers.get("if-match", "*") == "*":
+        return None
+    return [tag.strip('"') for tag in entity_tags(request, "if-match") if not tag.startswith("W/")]
+
+
+def not_modified(request: Request, etag: str) -> bool:
+    """Return whether If-None-Match says that the client has this already (RFC 9110, section 13.1.2)."""
+    if request.headers.get("if-none-match") == "*":
+        return True
+    return etag.removeprefix("W/") in [tag.removeprefix("W/") for tag in entity_tags(request, "if-none-match")]
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Return the Idempotency-Key of a request, or None; raise 400 for one that cannot be."""
+    keys = request.headers.getlist("idempotency-key")
+    if keys and not re.fullmatch("[!-~]{1,255}", ", ".join(keys)):
+        raise ApiError(400, NOT_A_KEY)
+    return keys[0] if keys else None
 
 
 # --- Identity: who is calling ----------------------------------------------------------------------------------------
@@ -712,48 +750,80 @@ async def list_tasks(request: Request) -> Response:
         raise invalid([{"field": "status", "message": message}])
     completed = {"all": [False, True], "pending": [False], "completed": [True]}[status]
     tasks = await request.state.queries.list_tasks(request.user, completed)
-    return Response(f'{{"items": {tasks}}}', media_type="application/json")
+    # Of the content itself, so that it is right whatever has happened to the list, and costs no statement.
+    etag = f'W/"{hashlib.sha256(tasks.encode()).hexdigest()[:32]}"'
+    return json_response(request, f'{{"items": {tasks}}}', etag)
 
 
 async def create_task(request: Request) -> Response:
     """Create a task."""
-    fields = await read_fields(request, NEW_TASK)
-    task, task_id = await request.state.queries.create_task(
-        request.user, fields["title"], fields.get("description"), fields.get("completed", False)
-    )
-    return task_response(task, 201, {"Location": f"/api/tasks/{task_id}"})
+    body, key = await read_json(request), idempotency_key(request)
+    fields = valid_fields(request, NEW_TASK, body)
+    values = fields["title"], fields.get("description"), fields.get("completed", False)
+    if key:
+        key += " " + hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    created = await request.state.queries.create_task(request.user, *values, key)
+    if not created:
+        raise invalid([{"field": "body", "message": "is not the one that this Idempotency-Key was first sent with"}])
+    task, task_id = created
+    return task_response(request, task, 201, {"Location": f"/api/tasks/{task_id}"})
 
 
 async def get_task(request: Request) -> Response:
     """Get a task."""
-    return task_response(await request.state.queries.get_task(request.user, task_id_of(request)))
+    task = await request.state.queries.get_task(request.user, task_id_of(request))
+    if task is None:
+        raise ApiError(404, NOT_FOUND)
+    return task_response(request, task)
 
 
 async def update_task(request: Request) -> Response:
     """Change a task: those of its fields that are sent."""
-    changes = await read_fields(request, TASK_CHANGES)
-    return task_response(await request.state.queries.update_task(request.user, task_id_of(request), changes))
+    changes = valid_fields(request, TASK_CHANGES, await read_json(request))
+    task = await request.state.queries.update_task(
+        request.user, task_id_of(request), changes, versions_to_change(request)
+    )
+    return task_response(request, task or await raise_why_not(request))
 
 
 async def complete_task(request: Request) -> Response:
     """Toggle completed, or set it with a body."""
-    fields = await read_fields(request, COMPLETION, optional=True)
-    completed = fields.get("completed")
-    return task_response(await request.state.queries.complete_task(request.user, task_id_of(request), completed))
+    fields = valid_fields(request, COMPLETION, await read_json(request, optional=True))
+    task = await request.state.queries.complete_task(
+        request.user, task_id_of(request), fields.get("completed"), versions_to_change(request)
+    )
+    return task_response(request, task or await raise_why_not(request))
 
 
 async def delete_task(request: Request) -> Response:
     """Delete a task."""
-    if not await request.state.queries.delete_task(request.user, task_id_of(request)):
-        raise ApiError(404, NOT_FOUND)
+    if not await request.state.queries.delete_task(request.user, task_id_of(request), versions_to_change(request)):
+        await raise_why_not(request)
     return Response(status_code=204)
 
 
-def task_response(task: str | None, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the answer that carries a task as JSON text; raise 404 for None."""
-    if task is None:
+async def raise_why_not(request: Request) -> NoReturn:
+    """Raise what a change that found no task is answered with: 412 if there is one after all, of another version."""
+    if versions_to_change(request) is None or not await request.state.queries.get_task(
+        request.user, task_id_of(request)
+    ):
         raise ApiError(404, NOT_FOUND)
-    return Response(task, status, headers, "application/json")
+    raise ApiError(412, MOVED_ON)
+
+
+def task_response(request: Request, task: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the answer that carries a task as JSON text, whose last value is updated_at: in its quotes, the ETag."""
+    return json_response(request, task, task[task.rindex(" ") + 1 : -1], status, headers)
+
+
+def json_response(
+    request: Request, text: str, etag: str, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return the answer that carries a JSON text, or a 304 without it to a client that has it already."""
+    headers = {"ETag": etag, **(headers or {})}
+    if request.method in ("GET", "HEAD") and not_modified(request, etag):
+        return Response(status_code=304, headers=headers)
+    return Response(text, status, headers, "application/json")
 
 
 async def about(request: Request) -> Response:
@@ -881,24 +951,45 @@ SCHEMAS = {
     "Error": json_object("detail", detail=DETAIL),
     "ValidationError": json_object("detail", "errors", detail=DETAIL, errors={"type": "array", "items": FIELD_ERROR}),
 }
-PARAMETERS = {
-    "status": {"name": "status", "in": "query", "schema": STATUS_FILTER, "description": "Which tasks to list."},
-    "task_id": {"name": "task_id", "in": "path", "required": True, "schema": TASK["id"], "description": "Its id."},
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "status": {"in": "query", "schema": STATUS_FILTER, "description": "Which tasks to list."},
+    "task_id": {"in": "path", "required": True, "schema": TASK["id"], "description": "Its id."},
+    "If-Match": {
+        "in": "header",
+        "schema": {"type": "string"},
+        "description": "The ETag of the version to change, or a list of them, or `*`. 412 if the task has moved on.",
+    },
+    "If-None-Match": {
+        "in": "header",
+        "schema": {"type": "string"},
+        "description": "The ETag of the version that the client has, or a list of them. 304 if nothing has changed.",
+    },
+    "Idempotency-Key": {
+        "in": "header",
+        "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+        "description": "Any text of the client's own for one task that it means to create. The same key with the same"
+        " body gives the task that it made the first time; with another body, 422.",
+    },
 }
 # What a status means, the `detail` that comes with it, and the headers.
 STATUSES: dict[int, tuple[str, ...]] = {
     200: ("Done.", ""),
     201: ("Created.", "", "Location"),
     204: ("Deleted.", ""),
-    400: ("The body is not JSON in UTF-8, or did not arrive whole.", NOT_JSON),
+    304: ("The client has it already.", "", "ETag"),
+    400: ("The body is not JSON in UTF-8, or did not arrive whole, or a header is malformed.", NOT_JSON),
     401: ("There is no valid token.", NOT_AUTHENTICATED, "WWW-Authenticate"),
     404: ("The caller has no such task.", NOT_FOUND),
+    412: ("The task is not at the version that If-Match names.", MOVED_ON),
     413: (f"The body has more than {BODY_LIMIT} bytes.", TOO_LARGE),
     415: ("The body is declared as something other than JSON.", NOT_DECLARED_JSON),
-    422: ("A field, the id in the path or the status in the query is wrong.", ""),
+    422: ("A field, the id or the status is wrong, or the Idempotency-Key came with another body before.", ""),
     500: ("A bug. The log has it, with the request's id.", BUG),
     503: ("The database or the issuer's keys are not available.", NO_DATABASE, "Retry-After"),
 }
+
+
+ERROR_SCHEMAS = {304: None, 422: "ValidationError"}  # and "Error" for all others
 
 
 class Endpoint(NamedTuple):
@@ -907,25 +998,33 @@ class Endpoint(NamedTuple):
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
-    answers: Mapping[int, str | None]
-    """The schema of the body for each status that can occur."""
+    status: int
+    """Of success."""
+    schema: str | None
+    """Of the answer's body."""
     body: str | None = None
     """The schema of the request's body."""
     query: Sequence[str] = ()
-    """The parameters in the query; those in the path are told by the path."""
+    errors: Sequence[int] = ()
+    """Beside those that follow from the rest."""
 
     def document(self) -> dict[str, Any]:
         """Return the operation object of OpenAPI 3.1."""
+        api, one, reads = self.path.startswith("/api/"), "{" in self.path, self.method == "GET"
+        condition = {"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(self.method, "If-Match")
+        statuses = [*self.errors]
+        statuses += [401, 422, 500, 503] * api + [304] * (api and reads) + [404] * one + [412] * (one and not reads)
+        statuses += [400, 413, 415] * bool(self.body)
+        answers = {self.status: self.schema} | {status: ERROR_SCHEMAS.get(status, "Error") for status in statuses}
+        parameters = [*re.findall(r"{(\w+)}", self.path), *self.query, *[condition] * api]
         operation: dict[str, Any] = {
             "operationId": self.handler.__name__,
             "summary": (self.handler.__doc__ or "").splitlines()[0].removesuffix("."),
-            "tags": ["tasks" if 401 in self.answers else "service"],
-            "parameters": [refer("parameters", name) for name in (*re.findall(r"{(\w+)}", self.path), *self.query)],
-            "responses": {
-                str(status): answer_document(status, self.answers[status]) for status in sorted(self.answers)
-            },
+            "tags": ["tasks" if api else "service"],
+            "parameters": [refer("parameters", name) for name in parameters],
+            "responses": {str(status): answer_document(status, answers[status]) for status in sorted(answers)},
         }
-        if 401 in self.answers:
+        if api:
             operation["security"] = [{"bearer": []}]
         if self.body:
             content = {"application/json": {"schema": refer("schemas", self.body)}}
@@ -936,6 +1035,8 @@ class Endpoint(NamedTuple):
 def answer_document(status: int, schema: str | None) -> dict[str, Any]:
     """Return the response object of OpenAPI 3.1."""
     description, detail, *headers = STATUSES[status]
+    if schema in ("Task", "TaskList"):
+        headers.append("ETag")
     body = {"schema": refer("schemas", str(schema)), **({"example": {"detail": detail}} if detail else {})}
     return {
         "description": description,
@@ -959,30 +1060,29 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": TITLE, "description": DESCRIPTION, "version": VERSION},
         "paths": paths,
-        "components": {"schemas": SCHEMAS, "parameters": PARAMETERS, "securitySchemes": {"bearer": bearer}},
+        "components": {
+            "schemas": SCHEMAS,
+            "parameters": {name: {"name": name, **parameter} for name, parameter in PARAMETERS.items()},
+            "securitySchemes": {"bearer": bearer},
+        },
     }
 
 
 # --- The route table -------------------------------------------------------------------------------------------------
 
-# The errors that can occur beside a success: with any task endpoint, with one task, with a body.
-ANY = {401: "Error", 422: "ValidationError", 500: "Error", 503: "Error"}
-ONE = {404: "Error"}
-BODY = {400: "Error", 413: "Error", 415: "Error"}
-
 ENDPOINTS = [
-    Endpoint("GET", "/api/tasks", list_tasks, {200: "TaskList"} | ANY, query=["status"]),
-    Endpoint("POST", "/api/tasks", create_task, {201: "Task"} | ANY | BODY, "NewTask"),
-    Endpoint("GET", "/api/tasks/{task_id}", get_task, {200: "Task"} | ANY | ONE),
-    Endpoint("PUT", "/api/tasks/{task_id}", update_task, {200: "Task"} | ANY | ONE | BODY, "TaskChanges"),
-    Endpoint("PATCH", "/api/tasks/{task_id}/complete", complete_task, {200: "Task"} | ANY | ONE | BODY, "Completion"),
-    Endpoint("DELETE", "/api/tasks/{task_id}", delete_task, {204: None} | ANY | ONE),
-    Endpoint("GET", "/", about, {200: "About"}),
-    Endpoint("GET", "/health", health, {200: "Health"}),
-    Endpoint("GET", "/health/ready", ready, {200: "Health", 503: "Error"}),
-    Endpoint("GET", "/docs", docs, {200: "Page"}),
-    Endpoint("GET", "/redoc", redoc, {200: "Page"}),
-    Endpoint("GET", "/openapi.json", openapi, {200: "Document"}),
+    Endpoint("GET", "/api/tasks", list_tasks, 200, "TaskList", query=["status"]),
+    Endpoint("POST", "/api/tasks", create_task, 201, "Task", "NewTask"),
+    Endpoint("GET", "/api/tasks/{task_id}", get_task, 200, "Task"),
+    Endpoint("PUT", "/api/tasks/{task_id}", update_task, 200, "Task", "TaskChanges"),
+    Endpoint("PATCH", "/api/tasks/{task_id}/complete", complete_task, 200, "Task", "Completion"),
+    Endpoint("DELETE", "/api/tasks/{task_id}", delete_task, 204, None),
+    Endpoint("GET", "/", about, 200, "About"),
+    Endpoint("GET", "/health", health, 200, "Health"),
+    Endpoint("GET", "/health/ready", ready, 200, "Health", errors=[503]),
+    Endpoint("GET", "/docs", docs, 200, "Page"),
+    Endpoint("GET", "/redoc", redoc, 200, "Page"),
+    Endpoint("GET", "/openapi.json", openapi, 200, "Document"),
 ]
 OPENAPI = openapi_document(ENDPOINTS)
 ROUTES = [Route(endpoint.path, endpoint.handler, methods=[endpoint.method]) for endpoint in ENDPOINTS]

@@ -33,6 +33,13 @@ CONNECTION_LOST = (
 """What a statement raises on a connection that died in the pool, depending on when the death is noticed."""
 
 
+# Without its literal.
+SAME_KEY = (
+    " ON CONFLICT (user_id, split_part(idempotency_key, , 1)) WHERE idempotency_key IS NOT NULL"
+    " DO UPDATE SET idempotency_key = excluded.idempotency_key WHERE task.idempotency_key = excluded.idempotency_key"
+)
+
+
 def read(name: str) -> str:
     """Return the text of a file in this folder."""
     return (FOLDER / name).read_text(encoding="utf-8")
@@ -44,9 +51,11 @@ def load(name: str) -> str:
     The rule knows one way to write each thing and refuses the rest. The table is named once, and so is `user_id`: by
     `WHERE user_id = $1`, right behind `FROM task` or the SET of an UPDATE, alone or before an AND; or by an INSERT of
     one row that begins with `$1`. No other table is read, no OR widens the WHERE, and there is nothing that hides text.
+    Only SAME_KEY may be added, which finds a row of the same user.
     """
     statement = read(name)
-    text = " ".join(re.sub(r"^--.*$|'[^'\\]*'|{task}", " ", statement, flags=re.MULTILINE).split())
+    text = " ".join(re.sub(r"^--.*$|'[^'\\]*'|{task}|{version}", " ", statement, flags=re.MULTILINE).split())
+    text = text.replace(SAME_KEY, "")
     bound = re.search(
         r"(FROM task|UPDATE task SET ((?!(?i:SELECT)).)*) WHERE user_id = \$1( AND | ORDER BY | RETURNING |$)"
         r"|INTO task \(user_id, [^()]*\) VALUES \(\$1, [^()]*\)( RETURNING |$)",
@@ -60,7 +69,12 @@ def load(name: str) -> str:
         or re.search(hidden_or_wider, text, re.IGNORECASE)
     ):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
-    return statement.replace("{task}", read("task.sql"))
+    return fill(statement)
+
+
+def fill(statement: str) -> str:
+    """Return a statement with the texts that several share in their places."""
+    return statement.replace("{task}", read("task.sql")).replace("{version}", read("version.sql"))
 
 
 SCHEMA = read("schema.sql")
@@ -110,13 +124,21 @@ class Queries:
         row = await self._read(GET_TASK, user_id, task_id)
         return row[0] if row else None
 
-    async def create_task(self, user_id: str, title: str, description: str | None, completed: bool) -> tuple[str, int]:
-        """Insert a task; return it and its id."""
-        row = await self._send(CREATE_TASK, user_id, title, description, completed)
-        assert row is not None
-        return row[0], row[1]
+    async def create_task(
+        self, user_id: str, title: str, description: str | None, completed: bool, idempotency_key: str | None
+    ) -> tuple[str, int] | None:
+        """Insert a task, or find the one that the key has made; return it and its id.
 
-    async def update_task(self, user_id: str, task_id: int, changes: Mapping[str, Any]) -> str | None:
+        The key has the hash of the request behind it; None is returned where it came with another one before.
+        """
+        row = await self._send(CREATE_TASK, user_id, title, description, completed, idempotency_key)
+        return (row[0], row[1]) if row else None
+
+    # The changes apply only to the versions that they are given, if any are; they tell not whether there is another.
+
+    async def update_task(
+        self, user_id: str, task_id: int, changes: Mapping[str, Any], versions: list[str] | None
+    ) -> str | None:
         """Set the fields that `changes` has, of title, description and completed; return the task or None."""
         row = await self._send(
             UPDATE_TASK,
@@ -126,17 +148,20 @@ class Queries:
             "description" in changes,
             changes.get("description"),
             changes.get("completed"),
+            versions,
         )
         return row[0] if row else None
 
-    async def complete_task(self, user_id: str, task_id: int, completed: bool | None) -> str | None:
+    async def complete_task(
+        self, user_id: str, task_id: int, completed: bool | None, versions: list[str] | None
+    ) -> str | None:
         """Set `completed`, or toggle it where None is given; return the task or None."""
-        row = await self._send(COMPLETE_TASK, user_id, task_id, completed)
+        row = await self._send(COMPLETE_TASK, user_id, task_id, completed, versions)
         return row[0] if row else None
 
-    async def delete_task(self, user_id: str, task_id: int) -> bool:
+    async def delete_task(self, user_id: str, task_id: int, versions: list[str] | None) -> bool:
         """Delete a task; return whether there was one."""
-        return await self._send(DELETE_TASK, user_id, task_id) is not None
+        return await self._send(DELETE_TASK, user_id, task_id, versions) is not None
 
     async def _send(self, statement: str, user_id: str, *parameters: object) -> asyncpg.Record | None:
         if not self.schema_applied:

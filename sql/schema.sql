@@ -67,6 +67,14 @@ BEGIN
         END IF;
     END IF;
 
+    IF NOT EXISTS (
+        SELECT FROM pg_attribute
+        WHERE attrelid = to_regclass('task') AND attname = 'idempotency_key' AND NOT attisdropped
+    ) THEN
+        -- What the task was created with, so that it is created once: an Idempotency-Key, a space, a hash of the request.
+        ALTER TABLE task ADD COLUMN idempotency_key text;
+    END IF;
+
     -- What Python's str.isspace calls white space beyond ASCII, whatever the locale of the database.
     IF current_setting('server_encoding') = 'UTF8' THEN
         EXECUTE $utf8$
@@ -103,6 +111,15 @@ BEGIN
         WHERE indrelid = to_regclass('task') AND indexrelid::regclass::text LIKE '%task_user_id_created_at_id_idx'
     ) THEN
         CREATE INDEX task_user_id_created_at_id_idx ON task (user_id, created_at DESC, id DESC);
+    END IF;
+
+    -- Most tasks have no key and are not in this index.
+    IF NOT EXISTS (
+        SELECT FROM pg_index
+        WHERE indrelid = to_regclass('task') AND indexrelid::regclass::text LIKE '%task_user_id_idempotency_key_idx'
+    ) THEN
+        CREATE UNIQUE INDEX task_user_id_idempotency_key_idx ON task (user_id, split_part(idempotency_key, ' ', 1))
+        WHERE idempotency_key IS NOT NULL;
     END IF;
 END
 $$;

@@ -1,5 +1,6 @@
 -- {task} in the other files: a task as JSON, as clients see it. Timestamps are in UTC and keep all six digits, so
 -- that they sort as text; PostgreSQL's own JSON output would follow the session's time zone and drop trailing zeros.
+-- The version comes last, where service.py looks for the ETag.
 json_build_object(
     'id', id,
     'user_id', user_id,
@@ -7,5 +8,5 @@ json_build_object(
     'description', description,
     'completed', completed,
     'created_at', to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'),
-    'updated_at', to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')
+    'updated_at', {version}
 )

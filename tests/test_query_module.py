@@ -17,7 +17,7 @@ import pytest
 import sql
 from tests.service_process import ROOT
 
-NOT_STATEMENTS = {"schema.sql", "task.sql"}
+NOT_STATEMENTS = {"schema.sql", "task.sql", "version.sql"}
 STATEMENTS = sorted(file.name for file in (ROOT / "sql").glob("*.sql") if file.name not in NOT_STATEMENTS)
 
 
@@ -165,6 +165,12 @@ UNVOUCHED = {
     "parameter ten and more": "SELECT {task} FROM task WHERE user_id = $10",
     "the schema named": "SELECT {task} FROM public.task WHERE user_id = $1",
     "a semicolon": "DELETE FROM task WHERE user_id = $1; DELETE FROM task",
+    "a conflict within the caller's keys beside another table": (
+        "INSERT INTO task (user_id, title) VALUES ($1, 'x') ON CONFLICT (user_id, split_part(idempotency_key, ' ', 1))"
+        " WHERE idempotency_key IS NOT NULL DO UPDATE SET idempotency_key = excluded.idempotency_key"
+        " WHERE task.idempotency_key = excluded.idempotency_key OR true RETURNING id"
+    ),
+    "another conflict": "INSERT INTO task (user_id, id) VALUES ($1, 1) ON CONFLICT (user_id, id) DO NOTHING",
     "INSERT without the caller": "INSERT INTO task (title) VALUES ($1)",
     "INSERT with the caller last": "INSERT INTO task (title, user_id) VALUES ($2, $1)",
     "TRUNCATE": "TRUNCATE task",
@@ -253,7 +259,7 @@ async def reaches_bob(url: str, statement: str) -> bool:
     await transaction.start()
     bobs = "SELECT task FROM task WHERE user_id <> 'alice' ORDER BY task"
     before = await connection.fetch(bobs)
-    prepared = await connection.prepare(statement.replace("{task}", sql.read("task.sql")))
+    prepared = await connection.prepare(sql.fill(statement))
     values = {"text": "bob", "int8": before[0]["task"]["id"]}
     others = [values[parameter.name] for parameter in prepared.get_parameters()[1:]]
     answer = await prepared.fetch("alice", *others)

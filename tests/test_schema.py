@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from sql import load
 from tests.service_process import ROOT, SECRET, Client, Service, environment, procfile_line, running
 
 SCHEMA = (ROOT / "sql" / "schema.sql").read_text()
@@ -186,6 +187,7 @@ def test_a_fresh_database_gets_the_table(fresh_url: str) -> None:
         "completed": ["boolean", "NO", "false", None],
         "created_at": ["timestamp with time zone", "NO", "now()", None],
         "updated_at": ["timestamp with time zone", "NO", "now()", None],
+        "idempotency_key": ["text", "YES", None, None],
     }
     assert checks(fresh_url) == {
         "task_user_id", "task_id", "task_title", "task_description", "task_created_at", "task_updated_at",
@@ -196,6 +198,7 @@ def test_the_key_and_the_index_begin_with_the_user(fresh_url: str) -> None:
     assert indexes(fresh_url) == {
         "public.task USING btree (user_id, id)",
         "public.task USING btree (user_id, created_at DESC, id DESC)",
+        "public.task USING btree (user_id, split_part(idempotency_key, ' '::text, 1)) WHERE (idempotency_key IS NOT NULL)",
     }
     key = execute(fresh_url, "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'task_pkey'")
     assert key == [("PRIMARY KEY (user_id, id)",)]
@@ -782,10 +785,6 @@ def filled_url(request: pytest.FixtureRequest, new_database: Callable[[], str]) 
     return url
 
 
-def statement(name: str) -> str:
-    return (ROOT / "sql" / name).read_text().replace("{task}", (ROOT / "sql" / "task.sql").read_text())
-
-
 @pytest.mark.parametrize("plan", ["force_custom_plan", "force_generic_plan"])
 @pytest.mark.parametrize(
     ("name", "call"),
@@ -799,7 +798,7 @@ def test_a_read_uses_an_index(filled_url: str, name: str, call: str, plan: str) 
     """The generic plan is what a statement gets on a connection that has sent it more than five times."""
     with connect(filled_url) as connection:
         connection.execute(f"SET plan_cache_mode = {plan}".encode())
-        connection.execute(f"PREPARE the_read AS {statement(name)}".encode())
+        connection.execute(f"PREPARE the_read AS {load(name)}".encode())
         lines = [line for (line,) in connection.execute(f"EXPLAIN EXECUTE the_read{call}".encode())]
     assert any("Index" in line for line in lines), lines
     assert not any("Seq Scan" in line for line in lines), lines
