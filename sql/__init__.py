@@ -13,14 +13,9 @@ import asyncpg
 
 FOLDER = Path(__file__).parent
 
-ACQUIRE_TIMEOUT = 5.0
-"""Seconds that a request waits for a connection. Two tries of a read, COMMAND_TIMEOUT included, take less than 30."""
-
-COMMAND_TIMEOUT = 8.0
-"""Seconds that a statement may take, a wait for a locked row included."""
-
-SCHEMA_TIMEOUT = 3600.0
-"""Seconds that applying the schema may take: adopting a large table rewrites it."""
+ACQUIRE_TIMEOUT = 5.0  # seconds that a request waits for a connection; two tries of a read, all in all, take under 30
+COMMAND_TIMEOUT = 8.0  # seconds that a statement may take, a wait for a locked row included
+SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
 
 CONNECTION_LOST = (
     ConnectionError,
@@ -33,7 +28,18 @@ CONNECTION_LOST = (
 """What a statement raises on a connection that died in the pool, depending on when the death is noticed."""
 
 
-# Without its literal.
+# The rule for a statement, or for its text without comments, literals, and what is filled in. It knows one way to write
+# each thing and refuses the rest. The caller is named right behind FROM task or the SET of an UPDATE, or in the one row
+# of an INSERT.
+BOUND = (
+    r"(FROM task|UPDATE task SET ((?!(?i:SELECT)).)*) WHERE user_id = \$1( AND | ORDER BY | RETURNING |$)"
+    r"|INTO task \(user_id, [^()]*\) VALUES \(\$1, [^()]*\)( RETURNING |$)"
+)
+# No other table is read, and no other user named.
+NAMED_ONCE = ("task", "user_id", r"\b(FROM|JOIN|USING|INTO|TABLE|UPDATE)\b(?! \()")
+# An OR could widen the WHERE; the others could hide something from this rule.
+NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;]|\$\D"
+# An INSERT may end in this, which finds a row of the same user.
 SAME_KEY = (
     " ON CONFLICT (user_id, split_part(idempotency_key, , 1)) WHERE idempotency_key IS NOT NULL"
     " DO UPDATE SET idempotency_key = excluded.idempotency_key WHERE task.idempotency_key = excluded.idempotency_key"
@@ -46,35 +52,24 @@ def read(name: str) -> str:
 
 
 def load(name: str) -> str:
-    """Return a statement; raise ValueError unless its text binds it to the caller.
-
-    The rule knows one way to write each thing and refuses the rest. The table is named once, and so is `user_id`: by
-    `WHERE user_id = $1`, right behind `FROM task` or the SET of an UPDATE, alone or before an AND; or by an INSERT of
-    one row that begins with `$1`. No other table is read, no OR widens the WHERE, and there is nothing that hides text.
-    Only SAME_KEY may be added, which finds a row of the same user.
-    """
+    """Return a statement; raise ValueError unless its text binds it to the caller."""
     statement = read(name)
     text = " ".join(re.sub(r"^--.*$|'[^'\\]*'|{task}|{version}", " ", statement, flags=re.MULTILINE).split())
     text = text.replace(SAME_KEY, "")
-    bound = re.search(
-        r"(FROM task|UPDATE task SET ((?!(?i:SELECT)).)*) WHERE user_id = \$1( AND | ORDER BY | RETURNING |$)"
-        r"|INTO task \(user_id, [^()]*\) VALUES \(\$1, [^()]*\)( RETURNING |$)",
-        text,
-    )
-    named_once = ("task", "user_id", r"\b(FROM|JOIN|USING|INTO|TABLE|UPDATE)\b(?! \()")
-    hidden_or_wider = r"(?<![a-z_])OR\b|--|/\*|[\"\\;]|\$\D"
-    if (
-        not bound
-        or any(len(re.findall(word, text, re.IGNORECASE)) != 1 for word in named_once)
-        or re.search(hidden_or_wider, text, re.IGNORECASE)
-    ):
+    named_once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in NAMED_ONCE)
+    if not re.search(BOUND, text) or not named_once or re.search(NEVER, text, re.IGNORECASE):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
     return fill(statement)
 
 
 def fill(statement: str) -> str:
-    """Return a statement with the texts that several share in their places."""
-    return statement.replace("{task}", read("task.sql")).replace("{version}", read("version.sql"))
+    """Return a statement with the texts that several share in their places; raise ValueError if one of those reads."""
+    for name in ("task", "version"):
+        text = read(f"{name}.sql")
+        if re.search(r"\b(SELECT|FROM|TABLE)\b", re.sub("^--.*$", "", text, flags=re.MULTILINE), re.IGNORECASE):
+            raise ValueError(f"sql/{name}.sql could reach tasks of somebody other than $1")
+        statement = statement.replace(f"{{{name}}}", text)
+    return statement
 
 
 SCHEMA = read("schema.sql")
@@ -109,7 +104,7 @@ class Queries:
 
     async def apply_schema(self) -> None:
         """Create or adopt the table. Until this has succeeded, every other method raises ConnectionError."""
-        async with self.pool.acquire(timeout=ACQUIRE_TIMEOUT) as connection, connection.transaction():
+        async with self.pool.acquire() as connection, connection.transaction():
             await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
         self.schema_applied = True
 
