@@ -28,11 +28,14 @@ BEGIN
 
     ELSIF EXISTS (
         SELECT FROM pg_attribute
-        WHERE attrelid = to_regclass('task') AND attname = 'created_at' AND atttypid = 'timestamp'::regtype
+        WHERE attrelid = to_regclass('task')
+          AND (attname = 'id' AND atttypid = 'integer'::regtype
+            OR attname IN ('created_at', 'updated_at') AND atttypid = 'timestamp'::regtype)
     ) THEN
-        -- The table of the FastAPI + SQLModel backend: integer ids, timestamps without a zone that hold UTC. Its
-        -- primary key (id) stays, since other tables may refer to it.
+        -- The table of the FastAPI + SQLModel backend: integer ids, timestamps without a zone that hold UTC, texts with a
+        -- length. Its primary key (id) stays, since other tables may refer to it.
         LOCK TABLE task IN ACCESS EXCLUSIVE MODE;
+        SET LOCAL TimeZone = 'UTC';
 
         -- A row that nobody owns gets an owner that no token can name. A time that RFC 3339 cannot write, having four
         -- digits for the year and no infinity, becomes the nearest one that it can.
@@ -40,27 +43,30 @@ BEGIN
         SET user_id = coalesce(user_id, ''),
             title = coalesce(title, ''),
             completed = coalesce(completed, false),
-            created_at = greatest(least(coalesce(created_at, updated_at, now() AT TIME ZONE 'UTC'), last), first),
-            updated_at = greatest(least(coalesce(updated_at, created_at, now() AT TIME ZONE 'UTC'), last), first)
+            created_at = greatest(least(coalesce(created_at, updated_at, now()), last), first),
+            updated_at = greatest(least(coalesce(updated_at, created_at, now()), last), first)
         FROM (VALUES (timestamp '0001-01-01', timestamp '9999-12-31')) AS bounds (first, last)
         WHERE num_nulls(user_id, title, completed, created_at, updated_at) > 0
            OR created_at NOT BETWEEN first AND last
            OR updated_at NOT BETWEEN first AND last;
 
         ALTER TABLE task
-            ALTER COLUMN id         TYPE bigint,
-            ALTER COLUMN user_id    SET NOT NULL,
-            ALTER COLUMN title      SET NOT NULL,
-            ALTER COLUMN completed  SET NOT NULL,
-            ALTER COLUMN completed  SET DEFAULT false,
-            ALTER COLUMN created_at DROP DEFAULT,
-            ALTER COLUMN created_at TYPE timestamptz USING created_at AT TIME ZONE 'UTC',
-            ALTER COLUMN created_at SET NOT NULL,
-            ALTER COLUMN created_at SET DEFAULT now(),
-            ALTER COLUMN updated_at DROP DEFAULT,
-            ALTER COLUMN updated_at TYPE timestamptz USING updated_at AT TIME ZONE 'UTC',
-            ALTER COLUMN updated_at SET NOT NULL,
-            ALTER COLUMN updated_at SET DEFAULT now();
+            ALTER COLUMN id          TYPE bigint,
+            ALTER COLUMN user_id     TYPE text,
+            ALTER COLUMN user_id     SET NOT NULL,
+            ALTER COLUMN title       TYPE text,
+            ALTER COLUMN title       SET NOT NULL,
+            ALTER COLUMN description TYPE text,
+            ALTER COLUMN completed   SET NOT NULL,
+            ALTER COLUMN completed   SET DEFAULT false,
+            ALTER COLUMN created_at  DROP DEFAULT,
+            ALTER COLUMN created_at  TYPE timestamptz,
+            ALTER COLUMN created_at  SET NOT NULL,
+            ALTER COLUMN created_at  SET DEFAULT now(),
+            ALTER COLUMN updated_at  DROP DEFAULT,
+            ALTER COLUMN updated_at  TYPE timestamptz,
+            ALTER COLUMN updated_at  SET NOT NULL,
+            ALTER COLUMN updated_at  SET DEFAULT now();
 
         IF pg_get_serial_sequence('task', 'id') IS NOT NULL THEN
             EXECUTE format('ALTER SEQUENCE %s AS bigint', pg_get_serial_sequence('task', 'id'));
