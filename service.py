@@ -26,6 +26,7 @@ import re
 import secrets
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -87,29 +88,29 @@ class Settings:
     workers: int
 
 
-SECRET_LENGTH = 32
-"""Characters. An HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)."""
-
+SECRET_LENGTH = 32  # characters; an HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)
 CORS_DEFAULT = "http://localhost:3000,http://127.0.0.1:3000,http://localhost:5173"
-
 DEFAULT_PORTS = {"http": 80, "https": 443}
-
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 SESSION_ATTRIBUTES = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
 
-# asyncpg sends a key that it does not know to the server as a setting, and the server then refuses the connection.
-ASYNCPG_KEYS = {"host", "port", "user", "password", "dbname", "database", "passfile", "service", "sslmode", "sslcert",
-                "sslkey", "sslrootcert", "sslcrl", "sslpassword", "sslnegotiation", "ssl_min_protocol_version",
-                "ssl_max_protocol_version", "target_session_attrs", "krbsrvname", "gsslib", "application_name",
-                "options"}  # fmt: skip
-# Read below, or left out with good reason: asyncpg has no channel binding, and sslmode=verify-full protects the same.
-OTHER_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
-              "channel_binding", "gssencmode"}  # fmt: skip
+# What asyncpg may be sent: it takes any other key for a setting of the server, which then refuses the connection.
+ASYNCPG_KEYS = {"host", "port", "user", "password", "dbname", "database", "sslmode", "sslrootcert", "sslcert", "sslkey",
+                "target_session_attrs", "application_name", "options"}  # fmt: skip
+# What is read below instead.
+OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout"}
+# What is left out without a word: asyncpg has neither, and sslmode=verify-full protects as channel binding does.
+SILENT_KEYS = {"channel_binding", "gssencmode"}
+POOLER_PORT = 6543  # Supabase's, for transaction pooling
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Return the settings that the environment gives; an empty variable counts as unset. Raise SettingError."""
-    given = {name: value for name, value in environ.items() if value.strip()}
+def given_in(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that are set; an empty one counts as unset."""
+    return {name: value for name, value in environ.items() if value.strip()}
+
+
+def read_settings(given: Mapping[str, str]) -> Settings:
+    """Return the settings; raise SettingError."""
     if "DATABASE_URL" not in given:
         raise SettingError(
             "DATABASE_URL is not set: give it the postgresql:// URL of your database, or run `uv run service.py` to"
@@ -176,7 +177,8 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
     """Return the arguments for `asyncpg.create_pool` from a URL as providers write it, and the keys left out of them.
 
     The scheme may name a driver (`postgresql+asyncpg`). In the query, `pgbouncer=true` turns named prepared statements
-    off, and `connect_timeout` is in seconds.
+    off, and `connect_timeout` is in seconds. Where the server's certificate is to be verified, the authorities that the
+    system trusts do so, unless `sslrootcert` names others.
     """
     try:
         parts = urlsplit(url.strip())
@@ -201,7 +203,9 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
     for key, allowed in (("sslmode", SSL_MODES), ("target_session_attrs", SESSION_ATTRIBUTES)):
         if query.get(key, allowed[0]) not in allowed:
             raise SettingError(f"The {key} in DATABASE_URL must be one of {', '.join(allowed)}.")
-    for key in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+    if query.get("sslmode", "").startswith("verify") and query.get("sslrootcert", "system") == "system":
+        query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
+    for key in ("sslrootcert", "sslcert", "sslkey"):
         if key in query and not os.access(query[key], os.R_OK):
             raise SettingError(f"The file that DATABASE_URL names as {key} cannot be read.")
     if not re.fullmatch("[1-9][0-9]{0,2}", timeout := query.get("connect_timeout", "10")):
@@ -212,45 +216,41 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
         "timeout": int(timeout),
     }
     # A pooler that gives every transaction another server connection cannot keep prepared statements.
-    if {("pgbouncer", "true"), ("statement_cache_size", "0"), ("prepared_statement_cache_size", "0")} & query.items():
+    signs = {("pgbouncer", "true"), ("statement_cache_size", "0"), ("prepared_statement_cache_size", "0")}
+    if signs & query.items() or str(POOLER_PORT) in ports:
         arguments["statement_cache_size"] = 0
-    return arguments, sorted(query.keys() - ASYNCPG_KEYS - OTHER_KEYS)
+    return arguments, sorted(query.keys() - ASYNCPG_KEYS - OUR_KEYS - SILENT_KEYS)
 
 
 # --- Errors: the one way from an exception to an answer --------------------------------------------------------------
 
-BODY_LIMIT = 65_536
-"""Bytes of a request body. The longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON."""
+BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
+BODY_TIMEOUT = 15.0  # seconds; less than SHUTDOWN_GRACE, at whose end uvicorn has a plain 500 for those still waiting
+RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
+
+DETAILS = {
+    400: "The body must be valid JSON, encoded as UTF-8",
+    401: "Not authenticated",
+    404: "Task not found",
+    412: "The task has changed since the version that If-Match names",
+    413: f"The body must have at most {BODY_LIMIT} bytes",
+    415: "The body must be JSON, with Content-Type: application/json",
+    422: "A field, the id in the path, the status in the query, or the use of the Idempotency-Key is wrong",
+    500: "Internal Server Error",
+    503: "The database is not available right now, try again soon",
+}
+"""What an error says unless there is more to say."""
 
 
 class ApiError(HTTPException):
-    """An answer that is not a success. `detail` is one sentence for a person; `errors` are the fields at fault."""
+    """An answer that is not a success. `detail` is one sentence for a person; `errors` say what is wrong by field."""
 
     def __init__(
-        self, status: int, detail: str, headers: Mapping[str, str] | None = None, errors: list[FieldError] | None = None
+        self, status: int, detail: str = "", *, headers: Mapping[str, str] | None = None, errors: Mapping[str, str] = {}
     ) -> None:
-        super().__init__(status, detail, headers)
+        super().__init__(status, detail or DETAILS[status], headers)
         self.errors = errors
 
-
-class FieldError(TypedDict):
-    field: str
-    message: str
-
-
-NOT_AUTHENTICATED = "Not authenticated"
-NOT_FOUND = "Task not found"
-MOVED_ON = "The task has changed since the version that If-Match names"
-NOT_A_KEY = "Idempotency-Key must have 1 to 255 visible ASCII characters"
-TOO_LARGE = f"The body must have at most {BODY_LIMIT} bytes"
-NOT_DECLARED_JSON = "The body must be JSON, with Content-Type: application/json"
-NOT_JSON = "The body must be valid JSON, encoded as UTF-8"
-BUG = "Internal Server Error"
-NO_DATABASE = "The database is not available right now, try again soon"
-NO_KEYS = "The keys to verify tokens with are not available right now, try again soon"
-
-RETRY_AFTER = "2"
-"""Seconds after which a client may try again what failed for want of the database, or of the issuer's keys."""
 
 # What the environment does to us, in the classes of PostgreSQL's SQLSTATE: it passes, and is not the client's fault.
 UNAVAILABLE = (
@@ -268,23 +268,25 @@ UNAVAILABLE = (
     asyncpg.LockNotAvailableError,  # 55P03
     asyncpg.OperatorInterventionError,  # 57: shutting down, starting up, cancelled
     asyncpg.PostgresSystemError,  # 58
+    asyncpg.InvalidSQLStatementNameError,  # 26000 and
+    asyncpg.DuplicatePreparedStatementError,  # 42P05: a pooler, of which DATABASE_URL does not tell
 )
 
 # What passed our validation and not the database's: its encoding lacks a character, its owner has more constraints.
-REFUSED = (asyncpg.DataError, asyncpg.CheckViolationError, asyncpg.ForeignKeyViolationError)
+REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)  # 22 and 23
 
 
 async def error_response(request: Request, error: Exception) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
     if isinstance(error, UNAVAILABLE):
         request.scope["trouble"] = reason(error)
-        error = ApiError(503, NO_DATABASE, {"Retry-After": RETRY_AFTER})
+        error = ApiError(503, headers={"Retry-After": RETRY_AFTER})
     elif isinstance(error, REFUSED):
         request.scope["trouble"] = type(error).__name__  # its text may quote the task
         column = (getattr(error, "constraint_name", None) or "").removeprefix("task_")
-        error = invalid([{"field": column if column in FIELDS else "body", "message": "is refused by the database"}])
+        error = invalid({column if column in FIELDS else "body": "is refused by the database"})
     elif not isinstance(error, HTTPException):
-        error = ApiError(500, BUG)
+        error = ApiError(500)
 
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names only the methods of the first route with this path
@@ -292,7 +294,7 @@ async def error_response(request: Request, error: Exception) -> Response:
         headers["Allow"] = ", ".join(sorted(method for route in routes for method in route.methods or ()))
     body: dict[str, Any] = {"detail": error.detail}
     if isinstance(error, ApiError) and error.errors:
-        body["errors"] = error.errors
+        body["errors"] = [{"field": field, "message": message} for field, message in error.errors.items()]
     return JSONResponse(body, error.status_code, headers)
 
 
@@ -302,9 +304,9 @@ def reason(error: Exception) -> str:
     return ": ".join([type(error).__name__, *text.splitlines()[:1]])
 
 
-def invalid(errors: list[FieldError]) -> ApiError:
-    """Return the 422 for one or more fields."""
-    return ApiError(422, "; ".join(f"{error['field']} {error['message']}" for error in errors), errors=errors)
+def invalid(errors: Mapping[str, str]) -> ApiError:
+    """Return the 422 for what is wrong, by field."""
+    return ApiError(422, "; ".join(f"{field} {message}" for field, message in errors.items()), errors=errors)
 
 
 # --- Validation: by hand, with the dictionaries that the OpenAPI document publishes ----------------------------------
@@ -370,21 +372,18 @@ def problem(rule: Mapping[str, Any], value: object) -> str | None:
     return None
 
 
-def body_errors(schema: Mapping[str, Any], body: object) -> list[FieldError]:
-    """Return what is wrong with a parsed body, field by field. Fields that the schema does not have are ignored."""
+def body_errors(schema: Mapping[str, Any], body: object) -> dict[str, str]:
+    """Return what is wrong with a parsed body, by field. Fields that the schema does not have are ignored."""
     if not isinstance(body, dict):
-        return [{"field": "body", "message": "must be an object"}]
-    missing: list[FieldError] = [
-        {"field": name, "message": "is required"} for name in schema.get("required", ()) if name not in body
-    ]
-    found = ((name, problem(rule, body[name])) for name, rule in schema["properties"].items() if name in body)
-    return missing + [{"field": name, "message": message} for name, message in found if message]
+        return {"body": "must be an object"}
+    missing = {name: "is required" for name in schema.get("required", ()) if name not in body}
+    found = {name: problem(rule, body[name]) for name, rule in schema["properties"].items() if name in body}
+    return missing | {name: message for name, message in found.items() if message}
 
 
-def task_id_errors(request: Request) -> list[FieldError]:
-    if re.fullmatch("-?[0-9]+", request.path_params.get("task_id", "0")):
-        return []
-    return [{"field": "task_id", "message": "must be a decimal integer"}]
+def task_id_errors(request: Request) -> dict[str, str]:
+    decimal = re.fullmatch("-?[0-9]+", request.path_params.get("task_id", "0"))
+    return {} if decimal else {"task_id": "must be a decimal integer"}
 
 
 def task_id_of(request: Request) -> int:
@@ -398,7 +397,7 @@ def task_id_of(request: Request) -> int:
 
 def valid_fields(request: Request, schema: Mapping[str, Any], body: object) -> dict[str, Any]:
     """Return a parsed body if it is valid by the schema; raise 422 with all that is wrong, the id in the path too."""
-    if errors := task_id_errors(request) + body_errors(schema, body):
+    if errors := task_id_errors(request) | body_errors(schema, body):
         raise invalid(errors)
     assert isinstance(body, dict)
     return body
@@ -406,22 +405,23 @@ def valid_fields(request: Request, schema: Mapping[str, Any], body: object) -> d
 
 async def read_body(request: Request) -> bytearray:
     """Return the bytes of the body; raise 413 as soon as there are too many, and 415 if they are not meant as JSON."""
-    too_large = ApiError(413, TOO_LARGE)
+    too_large = ApiError(413)
     if int(request.headers.get("content-length", "0")) > BODY_LIMIT:
         raise too_large
     if "upgrade" in request.headers and {"content-length", "transfer-encoding"} & set(request.headers):
         raise ApiError(400, "A request with a body must not offer to upgrade the connection")
     content = bytearray()
     try:
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > BODY_LIMIT:
-                raise too_large
-    except ClientDisconnect:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > BODY_LIMIT:
+                    raise too_large
+    except (ClientDisconnect, TimeoutError):
         raise ApiError(400, "The body ended before it was complete") from None
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content and not re.fullmatch(r"application/([a-z0-9!#$&^_.+-]+\+)?json", media_type):
-        raise ApiError(415, NOT_DECLARED_JSON)
+        raise ApiError(415)
     return content
 
 
@@ -436,7 +436,7 @@ async def read_json(request: Request, *, optional: bool = False) -> object:
     try:
         return json.loads(content.decode(), parse_float=finite, parse_int=finite, parse_constant=finite)
     except (ValueError, RecursionError):
-        raise ApiError(400, NOT_JSON) from None
+        raise ApiError(400) from None
 
 
 def finite(text: str) -> float:
@@ -478,7 +478,7 @@ def idempotency_key(request: Request) -> str | None:
     """Return the Idempotency-Key of a request, or None; raise 400 for one that cannot be."""
     keys = request.headers.getlist("idempotency-key")
     if keys and not re.fullmatch("[!-~]{1,255}", ", ".join(keys)):
-        raise ApiError(400, NOT_A_KEY)
+        raise ApiError(400, "Idempotency-Key must have 1 to 255 visible ASCII characters")
     return keys[0] if keys else None
 
 
@@ -521,7 +521,7 @@ class Identity:
         scheme, _, token = authorization.strip().partition(b" ")
         token = token.strip()
         if scheme.lower() != b"bearer" or not token:
-            raise ApiError(401, NOT_AUTHENTICATED, {"WWW-Authenticate": "Bearer"})
+            raise ApiError(401, headers={"WWW-Authenticate": "Bearer"})
         user_id, expires = self.verified.get(token, ("", 0.0))
         if time.time() < expires:
             return user_id
@@ -530,7 +530,7 @@ class Identity:
         except jwt.PyJWTError as error:
             expired = isinstance(error, jwt.ExpiredSignatureError)
             detail = "Token has expired" if expired else "Invalid token"
-            raise ApiError(401, detail, {"WWW-Authenticate": 'Bearer error="invalid_token"'}) from None
+            raise ApiError(401, detail, headers={"WWW-Authenticate": 'Bearer error="invalid_token"'}) from None
         if len(token) <= CACHED_TOKEN_LENGTH:
             if len(self.verified) >= CACHED_TOKENS:
                 del self.verified[next(iter(self.verified))]  # the one that was first verified longest ago
@@ -585,7 +585,8 @@ class Identity:
         if kid in self.keys:
             return self.keys[kid]
         if self.fetch_error:
-            raise ApiError(503, NO_KEYS, {"Retry-After": RETRY_AFTER})
+            detail = "The keys to verify tokens with are not available right now, try again soon"
+            raise ApiError(503, detail, headers={"Retry-After": RETRY_AFTER})
         raise jwt.InvalidKeyError
 
     async def keep_keys_fresh(self) -> None:
@@ -729,25 +730,16 @@ def logfmt(value: object) -> str:
 
 # --- Handlers, in the order of the route table; the first lines of their docstrings are the summaries in OpenAPI ------
 
-READY_TIMEOUT = 2.0
-"""Seconds in which the database has to answer a readiness check."""
-
-
-ABOUT = {
-    "title": TITLE,
-    "description": DESCRIPTION,
-    "version": VERSION,
-    "docs_url": "/docs",
-    "redoc_url": "/redoc",
-    "openapi_url": "/openapi.json",
-}
+READY_TIMEOUT = 2.0  # seconds in which the database has to answer a readiness check
+INFO = {"title": TITLE, "description": DESCRIPTION, "version": VERSION}
+ABOUT = INFO | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}
 
 
 async def list_tasks(request: Request) -> Response:
     """List the caller's tasks, newest first."""
     status = request.query_params.get("status", "all")
     if message := problem(STATUS_FILTER, status):
-        raise invalid([{"field": "status", "message": message}])
+        raise invalid({"status": message})
     completed = {"all": [False, True], "pending": [False], "completed": [True]}[status]
     tasks = await request.state.queries.list_tasks(request.user, completed)
     # Of the content itself, so that it is right whatever has happened to the list, and costs no statement.
@@ -764,7 +756,7 @@ async def create_task(request: Request) -> Response:
         key += " " + hashlib.sha256(json.dumps(values).encode()).hexdigest()
     created = await request.state.queries.create_task(request.user, *values, key)
     if not created:
-        raise invalid([{"field": "body", "message": "is not the one that this Idempotency-Key was first sent with"}])
+        raise invalid({"body": "is not the one that this Idempotency-Key was first sent with"})
     task, task_id = created
     return task_response(request, task, 201, {"Location": f"/api/tasks/{task_id}"})
 
@@ -773,7 +765,7 @@ async def get_task(request: Request) -> Response:
     """Get a task."""
     task = await request.state.queries.get_task(request.user, task_id_of(request))
     if task is None:
-        raise ApiError(404, NOT_FOUND)
+        raise ApiError(404)
     return task_response(request, task)
 
 
@@ -803,12 +795,9 @@ async def delete_task(request: Request) -> Response:
 
 
 async def raise_why_not(request: Request) -> NoReturn:
-    """Raise what a change that found no task is answered with: 412 if there is one after all, of another version."""
-    if versions_to_change(request) is None or not await request.state.queries.get_task(
-        request.user, task_id_of(request)
-    ):
-        raise ApiError(404, NOT_FOUND)
-    raise ApiError(412, MOVED_ON)
+    """Raise why a change has found no task: 412 if there is one, of a version that If-Match does not name, or 404."""
+    moved_on = "if-match" in request.headers and await request.state.queries.get_task(request.user, task_id_of(request))
+    raise ApiError(412 if moved_on else 404)
 
 
 def task_response(request: Request, task: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -954,42 +943,25 @@ SCHEMAS = {
 PARAMETERS: dict[str, dict[str, Any]] = {
     "status": {"in": "query", "schema": STATUS_FILTER, "description": "Which tasks to list."},
     "task_id": {"in": "path", "required": True, "schema": TASK["id"], "description": "Its id."},
+    "If-None-Match": {
+        "in": "header",
+        "schema": {"type": "string"},
+        "description": "The ETag that the client has, or a list of them. 304 if nothing has changed since.",
+    },
     "If-Match": {
         "in": "header",
         "schema": {"type": "string"},
         "description": "The ETag of the version to change, or a list of them, or `*`. 412 if the task has moved on.",
     },
-    "If-None-Match": {
-        "in": "header",
-        "schema": {"type": "string"},
-        "description": "The ETag of the version that the client has, or a list of them. 304 if nothing has changed.",
-    },
     "Idempotency-Key": {
         "in": "header",
         "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
-        "description": "Any text of the client's own for one task that it means to create. The same key with the same"
-        " body gives the task that it made the first time; with another body, 422.",
+        "description": "A text of the client's own for the task to create. The same key with the same body gives the"
+        " task that it made the first time; with another body, 422.",
     },
 }
-# What a status means, the `detail` that comes with it, and the headers.
-STATUSES: dict[int, tuple[str, ...]] = {
-    200: ("Done.", ""),
-    201: ("Created.", "", "Location"),
-    204: ("Deleted.", ""),
-    304: ("The client has it already.", "", "ETag"),
-    400: ("The body is not JSON in UTF-8, or did not arrive whole, or a header is malformed.", NOT_JSON),
-    401: ("There is no valid token.", NOT_AUTHENTICATED, "WWW-Authenticate"),
-    404: ("The caller has no such task.", NOT_FOUND),
-    412: ("The task is not at the version that If-Match names.", MOVED_ON),
-    413: (f"The body has more than {BODY_LIMIT} bytes.", TOO_LARGE),
-    415: ("The body is declared as something other than JSON.", NOT_DECLARED_JSON),
-    422: ("A field, the id or the status is wrong, or the Idempotency-Key came with another body before.", ""),
-    500: ("A bug. The log has it, with the request's id.", BUG),
-    503: ("The database or the issuer's keys are not available.", NO_DATABASE, "Retry-After"),
-}
-
-
-ERROR_SCHEMAS = {304: None, 422: "ValidationError"}  # and "Error" for all others
+SUCCESSES = {200: "Done.", 201: "Created.", 204: "Deleted.", 304: "The client has it already."}
+HEADERS = {201: ["Location"], 304: ["ETag"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
 
 
 class Endpoint(NamedTuple):
@@ -998,15 +970,11 @@ class Endpoint(NamedTuple):
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
-    status: int
-    """Of success."""
-    schema: str | None
-    """Of the answer's body."""
-    body: str | None = None
-    """The schema of the request's body."""
+    status: int  # of success
+    schema: str | None  # of the answer's body
+    body: str | None = None  # the schema of the request's body
     query: Sequence[str] = ()
-    errors: Sequence[int] = ()
-    """Beside those that follow from the rest."""
+    errors: Sequence[int] = ()  # beside those that follow from the rest
 
     def document(self) -> dict[str, Any]:
         """Return the operation object of OpenAPI 3.1."""
@@ -1015,14 +983,17 @@ class Endpoint(NamedTuple):
         statuses = [*self.errors]
         statuses += [401, 422, 500, 503] * api + [304] * (api and reads) + [404] * one + [412] * (one and not reads)
         statuses += [400, 413, 415] * bool(self.body)
-        answers = {self.status: self.schema} | {status: ERROR_SCHEMAS.get(status, "Error") for status in statuses}
+        schemas = {self.status: self.schema, 304: None, 422: "ValidationError"}
         parameters = [*re.findall(r"{(\w+)}", self.path), *self.query, *[condition] * api]
         operation: dict[str, Any] = {
             "operationId": self.handler.__name__,
             "summary": (self.handler.__doc__ or "").splitlines()[0].removesuffix("."),
             "tags": ["tasks" if api else "service"],
             "parameters": [refer("parameters", name) for name in parameters],
-            "responses": {str(status): answer_document(status, answers[status]) for status in sorted(answers)},
+            "responses": {
+                str(status): answer_document(status, schemas.get(status, "Error"))
+                for status in sorted([self.status, *statuses])
+            },
         }
         if api:
             operation["security"] = [{"bearer": []}]
@@ -1034,15 +1005,16 @@ class Endpoint(NamedTuple):
 
 def answer_document(status: int, schema: str | None) -> dict[str, Any]:
     """Return the response object of OpenAPI 3.1."""
-    description, detail, *headers = STATUSES[status]
-    if schema in ("Task", "TaskList"):
-        headers.append("ETag")
-    body = {"schema": refer("schemas", str(schema)), **({"example": {"detail": detail}} if detail else {})}
-    return {
-        "description": description,
-        "headers": {name: {"schema": {"type": "string"}, "required": True} for name in ("X-Request-ID", *headers)},
-        **({"content": {"text/html" if schema == "Page" else "application/json": body}} if schema else {}),
+    names = ["X-Request-ID", *HEADERS.get(status, []), *["ETag"] * (schema in ("Task", "TaskList"))]
+    document: dict[str, Any] = {
+        "description": SUCCESSES.get(status) or DETAILS[status] + ".",
+        "headers": {name: {"schema": {"type": "string"}, "required": True} for name in names},
     }
+    if schema:
+        example = {"example": {"detail": DETAILS[status]}} if schema == "Error" else {}
+        media_type = "text/html" if schema == "Page" else "application/json"
+        document["content"] = {media_type: {"schema": refer("schemas", schema), **example}}
+    return document
 
 
 def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
@@ -1058,7 +1030,7 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     }
     return {
         "openapi": "3.1.0",
-        "info": {"title": TITLE, "description": DESCRIPTION, "version": VERSION},
+        "info": INFO,
         "paths": paths,
         "components": {
             "schemas": SCHEMAS,
@@ -1091,11 +1063,8 @@ ROUTES += [Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]
 
 # --- Lifespan: the pool and the schema -------------------------------------------------------------------------------
 
-STARTUP_PATIENCE = 3.0
-"""Seconds that a start waits for the schema. After that the process serves, and answers 503 until it is applied."""
-
-SHUTDOWN_PATIENCE = 5.0
-"""Seconds for the connections to close: with SHUTDOWN_GRACE well under the 30 that platforms allow."""
+STARTUP_PATIENCE = 3.0  # seconds that a start waits for the schema; then it serves, and answers 503 until it is applied
+SHUTDOWN_PATIENCE = 5.0  # seconds for connections to close: with SHUTDOWN_GRACE well under the 30 of the platforms
 
 
 class State(TypedDict):
@@ -1167,14 +1136,11 @@ def create_app(settings: Settings) -> ASGIApp:
 
 EMBEDDED = Path(__file__).resolve().parent / ".postgres"
 
-KEEP_ALIVE = 95
-"""Seconds that an idle connection stays open: longer than the 90 of Heroku's router, which must be the one to close."""
-
-SHUTDOWN_GRACE = 20
-"""Seconds that requests in flight get when the server is stopped."""
-
-STARTUP_FAILURE = 3
-"""The exit status at which uvicorn's supervisor gives up instead of starting the worker again."""
+KEEP_ALIVE = (
+    95  # seconds that an idle connection stays open: longer than Heroku's router, which must close it, keeps it
+)
+SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped
+STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
 
 
 def fail(message: str) -> NoReturn:
@@ -1193,19 +1159,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     try:
-        if arguments.command == "token":
-            print(make_token(os.environ, arguments.user_id))
-        elif arguments.command == "migrate":
-            asyncio.run(migrate(read_settings(os.environ)))
-        elif os.environ.get("DATABASE_URL", "").strip():
-            serve(read_settings(os.environ))
+        given = given_in(os.environ)
+        if arguments.command == "migrate":
+            asyncio.run(migrate(read_settings(given)))
+        elif arguments.command == "token":
+            settings = read_settings(given if "DATABASE_URL" in given else with_embedded(given, "postgresql://"))
+            print(make_token(settings, arguments.user_id))
+        elif "DATABASE_URL" in given:
+            serve(read_settings(given))
         else:
             with embedded_postgres() as url:
-                os.environ["DATABASE_URL"] = url
-                os.environ["HOST"] = "127.0.0.1"
-                os.environ["BETTER_AUTH_SECRET"] = embedded_secret(os.environ)
-                settings = read_settings(os.environ)
-                greet(settings, make_token(os.environ, "demo"))
+                os.environ |= with_embedded(given, url)
+                settings = read_settings(given_in(os.environ))
+                greet(settings, make_token(settings, "demo"))
                 serve(settings)
     except SettingError as error:
         fail(str(error))
@@ -1239,20 +1205,15 @@ async def migrate(settings: Settings) -> None:
         fail(f"The schema was not applied: {reason(error)}")
 
 
-def make_token(environ: Mapping[str, str], user_id: str) -> str:
+def make_token(settings: Settings, user_id: str) -> str:
     """Return an HS256 token for a user, valid for a day."""
     if not storable_user_id(user_id):
         raise SettingError("A user id must have 1 to 255 characters, none of them NUL.")
-    if not environ.get("DATABASE_URL", "").strip():
-        secret = embedded_secret(environ).encode()
-    elif not (secret := read_settings(environ).secret):
+    if not settings.secret:
         raise SettingError("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
     now = int(time.time())
-    claims = {"sub": user_id, "iat": now, "exp": now + 86_400}
-    for claim, name in (("aud", "JWT_AUDIENCE"), ("iss", "JWT_ISSUER")):
-        if environ.get(name, "").strip():
-            claims[claim] = environ[name]
-    return jwt.encode(claims, secret, algorithm="HS256")
+    claims = {"sub": user_id, "iat": now, "exp": now + 86_400, "aud": settings.audience, "iss": settings.issuer}
+    return jwt.encode({name: value for name, value in claims.items() if value is not None}, settings.secret)
 
 
 def greet(settings: Settings, token: str) -> None:
@@ -1264,10 +1225,8 @@ def greet(settings: Settings, token: str) -> None:
 """, flush=True)  # fmt: skip
 
 
-def embedded_secret(environ: Mapping[str, str]) -> str:
-    """Return BETTER_AUTH_SECRET, or the random one that is kept beside the embedded database's data."""
-    if environ.get("BETTER_AUTH_SECRET", "").strip():
-        return environ["BETTER_AUTH_SECRET"]
+def with_embedded(given: Mapping[str, str], url: str) -> dict[str, str]:
+    """Return the environment of a start on the embedded database, whose secret is kept beside its data."""
     file = EMBEDDED / "secret"
     if not file.exists():
         EMBEDDED.mkdir(exist_ok=True)
@@ -1275,7 +1234,7 @@ def embedded_secret(environ: Mapping[str, str]) -> str:
         unfinished.touch(mode=0o600)
         unfinished.write_text(secrets.token_urlsafe(32))
         unfinished.replace(file)
-    return file.read_text()
+    return {"BETTER_AUTH_SECRET": file.read_text()} | dict(given) | {"DATABASE_URL": url, "HOST": "127.0.0.1"}
 
 
 @contextlib.contextmanager
@@ -1339,6 +1298,6 @@ if __name__ == "__main__":
     main()
 elif __name__ != "__mp_main__":  # multiprocessing's name for the main file, which a worker loads beside "service"
     try:
-        app = create_app(read_settings(os.environ))
+        app = create_app(read_settings(given_in(os.environ)))
     except SettingError as error:
         fail(str(error))

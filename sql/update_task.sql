@@ -6,8 +6,8 @@ SET title = coalesce($3::text, title),
     description = CASE WHEN $4::boolean THEN $5::text ELSE description END,
     completed = coalesce($6::boolean, completed),
     updated_at = CASE
-        WHEN num_nonnulls($3, nullif($4, false), $6) > 0 THEN greatest(now(), updated_at + interval '1 microsecond')
-        ELSE updated_at
+        WHEN $3 IS NULL AND NOT $4 AND $6 IS NULL THEN updated_at
+        ELSE greatest(now(), updated_at + interval '1 microsecond')
     END
 WHERE user_id = $1
   AND id = $2
