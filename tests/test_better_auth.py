@@ -21,7 +21,9 @@ from tests.service_process import ROOT, Service, environment
 SOURCE = ROOT / "tests" / "better_auth"
 SECRET = "the secret of the Better Auth server"
 
-PUBLIC_KEYS, FRONT_END, SHARED_SECRET = re.findall(r"^```js\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+_, PUBLIC_KEYS, FRONT_END, SHARED_SECRET = re.findall(
+    r"^```js\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
+)
 
 
 def with_plugin(options: str) -> str:

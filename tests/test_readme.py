@@ -183,8 +183,8 @@ def test_the_log_line_is_a_real_one(alice: Client, service: Service) -> None:
 def test_every_message_of_the_troubleshooting_table_is_in_the_program(row: list[str]) -> None:
     message = row[0].strip("`").split("…")[0].strip()
     source = (ROOT / "service.py").read_text()
-    uvicorns = {"address already in use", "status=503", "status=500"}
-    assert message in re.sub(r'"\n\s+f?"', "", source) or any(text in row[0] for text in uvicorns)
+    others = {"address already in use", "status=503", "status=500", "CORS policy", "prepared statement"}
+    assert message in re.sub(r'"\n\s+f?"', "", source) or any(text in row[0] for text in others)
 
 
 def test_every_link_leads_somewhere() -> None:
