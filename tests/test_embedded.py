@@ -214,6 +214,12 @@ def test_there_is_no_token_for_a_user_that_cannot_be(user_id: str, running: Proj
     assert_refused(running.run("token", user_id), "user id", "255")
 
 
+def test_there_is_no_token_of_a_secret_that_the_service_would_refuse(running: Project) -> None:
+    refused = running.run("token", "alice", BETTER_AUTH_SECRET="short")
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert refused.stderr == "error: BETTER_AUTH_SECRET is too short: it needs at least 32 characters.\n"
+
+
 def test_only_this_machine_can_connect(running: Project) -> None:
     listening = {
         (connection.laddr.ip, connection.laddr.port)

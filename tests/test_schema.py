@@ -366,6 +366,37 @@ def test_an_old_table_becomes_the_new_one(database_url: str, nullable: bool) -> 
     assert "public.task USING btree (user_id, created_at DESC, id DESC)" in indexes(database_url)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "ALTER COLUMN created_at TYPE timestamptz, ALTER COLUMN updated_at TYPE timestamptz",
+        "ALTER COLUMN updated_at TYPE timestamptz",
+        "ALTER COLUMN id TYPE bigint",
+    ],
+)
+def test_an_old_table_that_somebody_has_begun_to_convert_becomes_the_new_one(database_url: str, changes: str) -> None:
+    execute(database_url, old_table() + MANY_ROWS)
+    execute(database_url, f"ALTER DATABASE {name_of(database_url)} SET timezone = 'Pacific/Auckland'")
+    execute(database_url, f"SET timezone = 'UTC'; ALTER TABLE task {changes}")
+    instants = "SELECT id, extract(epoch FROM created_at), extract(epoch FROM updated_at) FROM task ORDER BY id"
+    before = execute(database_url, instants)
+    execute(database_url, SCHEMA)
+    assert {name: kind for name, (kind, *_) in columns(database_url).items()} == {
+        "id": "bigint", "user_id": "text", "title": "text", "description": "text", "completed": "boolean",
+        "created_at": "timestamp with time zone", "updated_at": "timestamp with time zone", "idempotency_key": "text",
+    }  # fmt: skip
+    assert execute(database_url, instants) == before
+    execute(database_url, "INSERT INTO task (user_id, title) VALUES ('alice', 'new')")
+
+
+def test_an_adopted_table_takes_the_texts_that_the_contract_allows(
+    database_url: str, start_service: Callable[..., Service]
+) -> None:
+    execute(database_url, old_table().replace("2000", "100").replace("200", "100"))
+    with start_service(database_url).client("alice") as alice:
+        assert alice.create("é" * 200, description="x" * 2000) in alice.tasks()
+
+
 @both_variants
 def test_applying_the_schema_to_an_adopted_table_changes_nothing(database_url: str, nullable: bool) -> None:
     execute(database_url, old_table(nullable=nullable) + MANY_ROWS + SCHEMA)

@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -442,6 +443,15 @@ def test_sslmode_decides_on_tls(
     assert tls.used == {encrypted}
 
 
+@pytest.mark.parametrize("query", ["?sslmode=verify-full", "?sslmode=verify-ca&sslrootcert=system"])
+def test_a_server_is_verified_by_what_the_system_trusts(
+    query: str, tls: TlsProxy, database: str, start_service: StartService
+) -> None:
+    assert_works(start_service(tls_url(tls, database, query), SSL_CERT_FILE=str(tls.certificate)))
+    assert tls.used == {True}
+    assert_waits(start_service(tls_url(tls, database, query), wait=False), "certificate verify failed")
+
+
 @pytest.mark.parametrize("query", ["sslmode=require", "sslmode=verify-full&sslrootcert={certificate}"])
 def test_a_server_without_tls_is_not_talked_to_where_tls_is_demanded(
     query: str, postgres: Postgres, tls: TlsProxy, database: str, start_service: StartService
@@ -506,6 +516,25 @@ def test_no_statement_is_named_when_a_pooler_could_lose_it(
 def test_statements_are_named_otherwise(postgres: Postgres, database: str, start_service: StartService) -> None:
     assert_works(start_service(f"{postgres.url(database)}?pgbouncer=false&statement_cache_size=100"))
     assert "<unnamed>" not in executed(postgres, database)
+
+
+def test_no_statement_is_named_on_the_port_of_a_pooler() -> None:
+    script = "import service; print(service.read_database_url('postgresql://user@host:{}/db')[0])"
+    assert "'statement_cache_size': 0" in run([sys.executable, "-c", script.format(6543)]).stdout
+    assert "statement_cache_size" not in run([sys.executable, "-c", script.format(5432)]).stdout
+
+
+def test_a_pooler_that_the_url_does_not_tell_of_is_an_outage_and_told_in_the_log(
+    postgres: Postgres, pgbouncer: int, database: str, start_service: StartService
+) -> None:
+    service = start_service(f"postgresql://postgres@127.0.0.1:{pgbouncer}/{database}", DATABASE_POOL_SIZE="20")
+    service.wait_until_ready()
+    with service.client("alice") as alice, ThreadPoolExecutor(40) as threads:
+        answers = list(threads.map(lambda _: alice.get("/api/tasks"), range(200)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} == {503}
+    assert {answer.headers["retry-after"] for answer in refused} == {"2"}
+    assert re.search(r"status=503 .*error=.*prepared statement .*(does not exist|already exists)", service.log)
 
 
 def executed(postgres: Postgres, database: str) -> set[str]:
