@@ -830,14 +830,8 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Check that the database answers too."""
-    # What get_task sends, for a caller and a task that cannot exist. It is not waited for once the time is up: asyncpg
-    # cancels a query by asking the database, which may hang.
-    query = asyncio.create_task(request.state.queries.get_task("", 0))
-    if not (await asyncio.wait([query], timeout=READY_TIMEOUT))[0]:
-        query.add_done_callback(lambda query: query.cancelled() or query.exception())  # or asyncio logs it as unseen
-        query.cancel()
-        raise TimeoutError
-    query.result()
+    async with asyncio.timeout(READY_TIMEOUT):
+        await request.state.queries.get_task("", 0)  # of a caller and a task that cannot exist
     return JSONResponse({"status": "ok", "version": VERSION})
 
 
@@ -1136,9 +1130,7 @@ def create_app(settings: Settings) -> ASGIApp:
 
 EMBEDDED = Path(__file__).resolve().parent / ".postgres"
 
-KEEP_ALIVE = (
-    95  # seconds that an idle connection stays open: longer than Heroku's router, which must close it, keeps it
-)
+KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped
 STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
 

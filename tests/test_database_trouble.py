@@ -288,7 +288,7 @@ def test_a_service_can_start_on_a_server_that_does_not_answer(start: Callable[..
         with service.client("alice") as alice, service.client() as nobody:
             assert_all_unavailable(service, alice, "ConnectionError")
             assert_only_the_database_is_missed(alice, nobody)
-            time.sleep(4)
+            time.sleep(8)  # the first try ends after ten seconds, of which a start waits three
             assert len(re.findall("waiting for the database: TimeoutError: .+", service.log)) == 1
 
 

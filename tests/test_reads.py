@@ -1,0 +1,130 @@
+"""Reads of the same moment share a message to the database, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+import sql
+from sql import Connection, Queries
+
+USERS = [f"user-{number}" for number in range(1000)]
+FILL = """
+    INSERT INTO task (user_id, title, completed)
+    SELECT 'user-' || user_number, 'task ' || number, number % 2 = 0
+    FROM generate_series(0, 999) AS user_number, generate_series(1, 1 + user_number % 3) AS number
+"""
+
+
+@pytest.fixture(scope="module")
+def filled_url(new_database: Callable[[], str]) -> str:
+    """A database in which a thousand users have one to three tasks each."""
+    url = new_database()
+
+    async def fill() -> None:
+        connection = await asyncpg.connect(url)
+        await connection.execute(sql.SCHEMA)
+        await connection.execute(FILL)
+        await connection.close()
+
+    asyncio.run(fill())
+    return url
+
+
+@asynccontextmanager
+async def pool_and_queries(url: str, size: int = 4) -> AsyncIterator[tuple[asyncpg.Pool, Queries]]:
+    async with asyncpg.create_pool(url, min_size=0, max_size=size, connection_class=Connection) as pool:
+        queries = Queries(pool)
+        await queries.apply_schema()
+        yield pool, queries
+
+
+def test_what_a_thousand_users_read_at_once_is_what_each_reads_alone(filled_url: str) -> None:
+    """Of every kind, of their own tasks and of others', in many different orders."""
+
+    async def check() -> None:
+        async with pool_and_queries(filled_url) as (pool, queries):
+            tasks = await pool.fetch("SELECT user_id, id FROM task")
+            reads: list[tuple[Callable[..., object], str, object]] = []
+            for user_id, task_id in tasks:
+                reads += [(queries.get_task, user_id, task_id), (queries.get_task, random.choice(USERS), task_id)]
+            for user_id in USERS:
+                reads += [(queries.list_tasks, user_id, which) for which in ([True, False], [True], [False], [])]
+            alone = {}
+            for read, user_id, what in reads:
+                statement = sql.GET_TASK if read == queries.get_task else sql.LIST_TASKS
+                alone[str((read, user_id, what))] = await pool.fetchval(statement, user_id, what)
+            for seed in range(3):
+                random.Random(seed).shuffle(reads)
+                together = await asyncio.gather(*(read(user_id, what) for read, user_id, what in reads))  # type: ignore[call-overload]
+                assert together == [alone[str(each)] for each in reads]
+            for (_, user_id, _), text in zip(reads, together, strict=True):
+                found = json.loads(text) if text else []
+                assert {task["user_id"] for task in (found if isinstance(found, list) else [found])} <= {user_id}
+
+    asyncio.run(check())
+
+
+def test_reads_of_one_moment_take_one_connection_and_later_ones_another(filled_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(filled_url) as (pool, queries):
+            await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:30]))
+            assert pool.get_size() == 1
+            await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:100]))
+            assert pool.get_size() == 4
+
+    asyncio.run(check())
+
+
+def test_a_read_that_fails_fails_alone(filled_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(filled_url) as (_, queries):
+            reads = [queries.get_task(user_id, 1) for user_id in USERS[:20]]
+            reads += [queries.get_task("user-0", 2**63), queries.get_task("NUL\0", 1)]
+            reads += [queries.get_task(user_id, 1) for user_id in USERS[:20]]
+            answers = await asyncio.gather(*reads, return_exceptions=True)
+            assert [type(answer) for answer in answers[20:22]] == [
+                asyncpg.DataError,
+                asyncpg.CharacterNotInRepertoireError,
+            ]
+            own = [json.loads(answer)["user_id"] for answer in answers[:20] + answers[22:] if isinstance(answer, str)]
+            assert own == ["user-0", "user-0"]
+            assert sum(answer is None for answer in answers) == 38
+
+    asyncio.run(check())
+
+
+def test_reads_survive_the_loss_of_their_connections(filled_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(filled_url) as (_, queries):
+            admin = await asyncpg.connect(filled_url)
+            for _ in range(5):
+                await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:100]))
+                await admin.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            lists = await asyncio.gather(*(queries.list_tasks(user_id, [True, False]) for user_id in USERS[:100]))
+            assert [len(json.loads(text)) for text in lists] == [1 + number % 3 for number in range(100)]
+            await admin.close()
+
+    asyncio.run(check())
+
+
+def test_who_no_longer_waits_for_a_read_disturbs_nobody(filled_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(filled_url) as (_, queries):
+            reads = [asyncio.create_task(queries.list_tasks(user_id, [True, False])) for user_id in USERS[:9]]
+            await asyncio.sleep(0)
+            for read in reads[::3]:
+                read.cancel()
+            answers = await asyncio.gather(*reads, return_exceptions=True)
+            assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [True, False, False] * 3
+
+    asyncio.run(check())
