@@ -133,7 +133,7 @@ def read_settings(given: Mapping[str, str]) -> Settings:
         ignored=ignored,
         secret=secret.encode("utf-8", "surrogateescape"),
         better_auth=better_auth,
-        jwks_url=given.get("JWKS_URL", f"{better_auth}/api/auth/jwks" if better_auth else None),
+        jwks_url=given.get("JWKS_URL", f"{better_auth}/api/auth/jwks" if better_auth else "").strip() or None,
         audience=given.get("JWT_AUDIENCE"),
         issuer=given.get("JWT_ISSUER"),
         cors_origins=[read_origin(text) for text in given.get("CORS_ORIGINS", CORS_DEFAULT).split(",") if text.strip()],
@@ -162,12 +162,13 @@ def read_origin(text: str) -> str:
 
 def http_origin(name: str, url: str) -> str:
     """Return the origin of a URL, as `new URL(url).origin` is in JavaScript: neither a path nor a default port."""
+    url = url.strip()
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or not url.isprintable():
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or "@" in parts.netloc or not re.fullmatch(r"\S+", url):
         raise SettingError(f"{name} must be a URL like https://app.example.com.")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, DEFAULT_PORTS[parts.scheme]) else "")
@@ -449,37 +450,42 @@ def finite(text: str) -> float:
 
 # --- Conditions: what makes a request safe to repeat, and to race -----------------------------------------------------
 
-ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
-"""RFC 9110, section 8.8.3."""
+ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'  # RFC 9110, section 8.8.3
 
 
-def entity_tags(request: Request, header: str) -> list[str]:
-    """Return the entity tags that a header lists (RFC 9110, section 5.6.1), or none if it is no list of them."""
-    text = ", ".join(request.headers.getlist(header))
+def header(request: Request, name: str) -> str | None:
+    """Return the value of a header, of all its lines if there are several (RFC 9110, section 5.2), or None."""
+    lines = request.headers.getlist(name)
+    return ", ".join(line.strip(" \t") for line in lines) if lines else None
+
+
+def entity_tags(text: str) -> list[str]:
+    """Return the entity tags of a list (RFC 9110, section 5.6.1), and none of what is no such list."""
     is_list = re.fullmatch(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*", text)
     return re.findall(ENTITY_TAG, text) if is_list else []
 
 
 def versions_to_change(request: Request) -> list[str] | None:
     """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1)."""
-    if request.headers.get("if-match", "*") == "*":
+    text = header(request, "if-match")
+    if text is None or text == "*":
         return None
-    return [tag.strip('"') for tag in entity_tags(request, "if-match") if not tag.startswith("W/")]
+    # Versions are ASCII; the encoding of the database may lack other characters.
+    return [tag.strip('"') for tag in entity_tags(text) if tag.isascii() and not tag.startswith("W/")]
 
 
 def not_modified(request: Request, etag: str) -> bool:
     """Return whether If-None-Match says that the client has this already (RFC 9110, section 13.1.2)."""
-    if request.headers.get("if-none-match") == "*":
-        return True
-    return etag.removeprefix("W/") in [tag.removeprefix("W/") for tag in entity_tags(request, "if-none-match")]
+    text = header(request, "if-none-match") or ""
+    return text == "*" or etag.removeprefix("W/") in [tag.removeprefix("W/") for tag in entity_tags(text)]
 
 
 def idempotency_key(request: Request) -> str | None:
     """Return the Idempotency-Key of a request, or None; raise 400 for one that cannot be."""
-    keys = request.headers.getlist("idempotency-key")
-    if keys and not re.fullmatch("[!-~]{1,255}", ", ".join(keys)):
+    key = header(request, "idempotency-key")
+    if key is not None and not re.fullmatch("[!-~]{1,255}", key):
         raise ApiError(400, "Idempotency-Key must have 1 to 255 visible ASCII characters")
-    return keys[0] if keys else None
+    return key
 
 
 # --- Identity: who is calling ----------------------------------------------------------------------------------------
@@ -506,7 +512,7 @@ class Identity:
         self.verified: dict[bytes, tuple[str, float]] = {}
         self.keys: dict[str | None, tuple[Any, list[str]]] = {}
         """The issuer's public keys by their `kid`, each with the algorithms that it may be used with."""
-        self.key_set = bytearray()
+        self.key_set: bytearray | None = None  # as the issuer has sent it
         self.fetching = asyncio.Lock()
         self.fetch_error = "there was no fetch yet"
         """Why the last fetch failed, or nothing if it did not."""
@@ -613,6 +619,7 @@ class Identity:
             self.fetch_error = ""
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             self.fetch_error = reason(error)
+            self.pause_until = time.monotonic() + KEYS_PAUSE
             if self.fetch_error != error_before:
                 log.warning("%s: no keys could be fetched: %s", url, self.fetch_error)
 
@@ -624,7 +631,7 @@ def read_key_set(text: bytearray) -> dict[str | None, tuple[Any, list[str]]]:
     """
     keys = {}
     for jwk in json.loads(text)["keys"]:
-        with contextlib.suppress(jwt.PyJWTError):  # one of a kind that we do not know may stand beside ours
+        with contextlib.suppress(Exception):  # a key that we cannot read may stand beside one that we can
             key = jwt.PyJWK(jwk)
             algorithms = ["RS256", "PS256"] if key.key_type == "RSA" and "alg" not in jwk else [key.algorithm_name]
             if key.public_key_use in (None, "sig") and set(algorithms) <= set(PUBLIC_KEY_ALGORITHMS):

@@ -138,8 +138,9 @@ def nobody(service: Service) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium, for one module: while it is there, playwright's event loop runs, and asyncio.run refuses to."""
     if not CHROMIUM.exists():
         pytest.skip(f"there is no {CHROMIUM}")
     expect.set_options(timeout=20_000)  # for a busy machine

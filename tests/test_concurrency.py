@@ -120,7 +120,8 @@ class User:
 def table(service: Service) -> dict[tuple[str, int], Task]:
     """Return what the database has, by owner and id, with its timestamps as times."""
     with psycopg.connect(service.database_url, row_factory=dict_row) as connection:
-        rows = connection.execute("SELECT * FROM task").fetchall()
+        columns = "id, user_id, title, description, completed, created_at, updated_at"
+        rows = connection.execute(f"SELECT {columns} FROM task").fetchall()
     return {(row["user_id"], row["id"]): row for row in rows}
 
 

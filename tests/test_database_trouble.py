@@ -875,3 +875,18 @@ def test_a_user_whom_the_encoding_of_the_database_lacks_has_no_5xx(latin1: Servi
     for method, path, body in requests_for(1):
         response = httpx.request(method, latin1.url + path, json=body, headers=headers)
         assert 400 <= response.status_code < 500
+
+
+def test_a_tag_that_the_encoding_of_the_database_lacks_names_no_version(server: Postgres) -> None:
+    """EUC_JP has none of the control characters beyond ASCII."""
+    with running(create_database(server, "ENCODING 'EUC_JP' LOCALE 'C' TEMPLATE template0")) as service:
+        with service.client("alice") as alice:
+            task = alice.create("日本")
+            path, tag = f"/api/tasks/{task['id']}", f'"{task["updated_at"]}"'.encode()
+            moved_on = {"detail": "The task has changed since the version that If-Match names"}
+            for method, action, body in (("PUT", "", {}), ("PATCH", "/complete", None), ("DELETE", "", None)):
+                response = alice.request(method, path + action, json=body, headers={b"If-Match": b'"\x81"'})
+                assert (response.status_code, response.json()) == (412, moved_on)
+            response = alice.put(path, json={}, headers={b"If-Match": b'"\x81", ' + tag})
+            assert (response.status_code, response.json()) == (200, task)
+        assert_unharmed(service.log)

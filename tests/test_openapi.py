@@ -25,18 +25,25 @@ Document = dict[str, Any]
 ANY_TASK_ENDPOINT = {401, 422, 500, 503}
 WITH_BODY = {400, 413, 415}
 STATUSES = {
-    "GET /api/tasks": {200} | ANY_TASK_ENDPOINT,
+    "GET /api/tasks": {200, 304} | ANY_TASK_ENDPOINT,
     "POST /api/tasks": {201} | ANY_TASK_ENDPOINT | WITH_BODY,
-    "GET /api/tasks/{task_id}": {200, 404} | ANY_TASK_ENDPOINT,
-    "PUT /api/tasks/{task_id}": {200, 404} | ANY_TASK_ENDPOINT | WITH_BODY,
-    "DELETE /api/tasks/{task_id}": {204, 404} | ANY_TASK_ENDPOINT,
-    "PATCH /api/tasks/{task_id}/complete": {200, 404} | ANY_TASK_ENDPOINT | WITH_BODY,
+    "GET /api/tasks/{task_id}": {200, 304, 404} | ANY_TASK_ENDPOINT,
+    "PUT /api/tasks/{task_id}": {200, 404, 412} | ANY_TASK_ENDPOINT | WITH_BODY,
+    "DELETE /api/tasks/{task_id}": {204, 404, 412} | ANY_TASK_ENDPOINT,
+    "PATCH /api/tasks/{task_id}/complete": {200, 404, 412} | ANY_TASK_ENDPOINT | WITH_BODY,
     "GET /": {200},
     "GET /health": {200},
     "GET /health/ready": {200, 503},
     "GET /docs": {200},
     "GET /redoc": {200},
     "GET /openapi.json": {200},
+}
+CONDITIONS = {
+    "GET": "If-None-Match",
+    "POST": "Idempotency-Key",
+    "PUT": "If-Match",
+    "PATCH": "If-Match",
+    "DELETE": "If-Match",
 }
 ANSWERS = [(operation, status) for operation, statuses in STATUSES.items() for status in sorted(statuses)]
 # A 422 has another answer for each thing that can be wrong.
@@ -77,6 +84,14 @@ def operation_of(document: Document, operation: str) -> Document:
     method, path = operation.split()
     found: Document = document["paths"][path][method.lower()]
     return found
+
+
+def parameters_of(document: Document, operation: str) -> dict[str, Document]:
+    """Return the parameters of an operation by their names."""
+    listed = operation_of(document, operation).get("parameters", [])
+    parameters = {parameter["name"]: parameter for parameter in (resolve(document, value) for value in listed)}
+    assert len(parameters) == len(listed)
+    return parameters
 
 
 def resolve(document: Document, value: Document) -> Document:
@@ -184,11 +199,17 @@ def test_a_bearer_token_is_asked_for_under_api_and_nowhere_else(document: Docume
 
 
 @pytest.mark.parametrize("operation", STATUSES)
-def test_the_parameters_are_those_of_the_path_and_the_status_of_the_list(document: Document, operation: str) -> None:
-    parameters = [resolve(document, value) for value in operation_of(document, operation).get("parameters", [])]
-    expected = {("path", name) for name in re.findall("{(.*?)}", operation)}
-    expected |= {("query", "status")} if operation == "GET /api/tasks" else set()
-    assert {(parameter["in"], parameter["name"]) for parameter in parameters} == expected
+def test_the_parameters_are_those_of_the_path_the_status_of_the_list_and_the_conditions(
+    document: Document, operation: str
+) -> None:
+    method, path = operation.split()
+    expected = {("path", name, True) for name in re.findall("{(.*?)}", path)}
+    expected |= {("query", "status", False)} if operation == "GET /api/tasks" else set()
+    expected |= {("header", CONDITIONS[method], False)} if path.startswith("/api/") else set()
+    parameters = parameters_of(document, operation)
+    assert {(parameter["in"], name, parameter.get("required", False)) for name, parameter in parameters.items()} == (
+        expected
+    )
 
 
 def test_the_version_is_the_same_everywhere(service: Service, document: Document) -> None:
@@ -311,18 +332,26 @@ def test_a_body_is_required_exactly_where_an_empty_one_is_refused(document: Docu
 
 @pytest.mark.parametrize("status", ["", "all", "pending", "completed", "done", "ALL"])
 def test_document_and_service_know_the_same_values_of_status(document: Document, alice: Client, status: str) -> None:
-    (parameter,) = operation_of(document, "GET /api/tasks")["parameters"]
-    parameter = resolve(document, parameter)
-    assert (parameter["name"], parameter["in"], parameter.get("required", False)) == ("status", "query", False)
     accepted = alice.get("/api/tasks", params={"status": status}).is_success
-    assert validator(document, parameter["schema"]).is_valid(status) == accepted
+    schema = parameters_of(document, "GET /api/tasks")["status"]["schema"]
+    assert validator(document, schema).is_valid(status) == accepted
+
+
+@pytest.mark.parametrize(
+    "key", ["a", "!~", '"a"', "a,b", "\\", "x" * 255, "x" * 256, "", "a b", "a\tb", "é"], ids=ascii
+)
+def test_document_and_service_take_the_same_idempotency_keys(document: Document, alice: Client, key: str) -> None:
+    response = alice.post("/api/tasks", json={"title": "a"}, headers={b"Idempotency-Key": key.encode()})
+    assert response.status_code in (201, 400)
+    schema = parameters_of(document, "POST /api/tasks")["Idempotency-Key"]["schema"]
+    assert validator(document, schema).is_valid(key) == response.is_success
 
 
 def test_the_default_of_status_is_what_a_list_without_it_has(document: Document, alice: Client) -> None:
     alice.create(completed=True)
     alice.create()
-    (parameter,) = operation_of(document, "GET /api/tasks")["parameters"]
-    assert alice.get("/api/tasks").json()["items"] == alice.tasks(resolve(document, parameter)["schema"]["default"])
+    default = parameters_of(document, "GET /api/tasks")["status"]["schema"]["default"]
+    assert alice.get("/api/tasks").json()["items"] == alice.tasks(default)
 
 
 def test_a_field_has_a_default_only_where_leaving_it_out_sets_it(document: Document, alice: Client) -> None:
@@ -377,7 +406,11 @@ def provoke(status: int, operation: str, *, client: Client, task_id: int) -> htt
     method, path = operation.split()
     body = {"title": "a task"} if method == "POST" else {} if method == "PUT" else None
     request: Document = {} if body is None else {"json": body}
-    if status == 400:
+    if status == 304:
+        request = {"headers": {"If-None-Match": "*"}}
+    elif status == 412:
+        request |= {"headers": {"If-Match": '"of another version"'}}
+    elif status == 400:
         request = {"content": b'{"title": '}
     elif status == 413:
         request = {"content": b" " * 65_537}
@@ -390,13 +423,17 @@ def provoke(status: int, operation: str, *, client: Client, task_id: int) -> htt
     return client.request(method, path.format(task_id=2**53 if status == 404 else task_id), **request)
 
 
+DOCUMENTED_HEADERS = {"etag", "location", "retry-after", "www-authenticate", "x-request-id"}
+
+
 def assert_documented(document: Document, operation: str, response: httpx.Response) -> None:
     answer = resolve(document, operation_of(document, operation)["responses"][str(response.status_code)])
     documented = {name.lower() for name in answer.get("headers", {})}
     assert documented <= response.headers.keys()
-    assert {"location", "retry-after", "www-authenticate", "x-request-id"} & response.headers.keys() <= documented
-    if response.status_code == 204:
+    assert DOCUMENTED_HEADERS & response.headers.keys() <= documented
+    if response.status_code in (204, 304):
         assert "content" not in answer
+        assert response.content == b""
         return
     ((media_type, media),) = answer["content"].items()
     assert response.headers["content-type"].partition(";")[0] == media_type
@@ -419,6 +456,56 @@ def test_all_that_is_wrong_is_told_as_documented(document: Document, alice: Clie
     assert_documented(document, "PUT /api/tasks/{task_id}", response)
 
 
+# Two requests with one Idempotency-Key and two bodies are valid each, and refused by right; one key is not sent twice.
+HOOKS = """
+import itertools
+import re
+
+import schemathesis
+
+numbers = itertools.count()
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    key = (case.headers or {}).get("Idempotency-Key")
+    if isinstance(key, str) and re.fullmatch("[!-~]{1,255}", key):
+        case.headers["Idempotency-Key"] = f"{next(numbers)}-{key}"[:255]
+"""
+
+
+# A valid If-Match may name another version: that is 412, which schemathesis does not expect by itself.
+CONFIGURATION = """
+hooks = "hooks.py"
+[auth.wfc]
+path = "users.json"
+peers = ["alice", "bob"]
+[cache]
+enabled = false
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", "3xx", "401", "403", "404", "409", "412", "429", "5xx"]
+"""
+# An If-Match that is made up names no version; the plainest, an empty one, becomes the one that names them all. Of two
+# bodies with one Idempotency-Key, both valid, the second is refused by right; so no key is sent twice.
+HOOKS = """
+import itertools
+import re
+
+import schemathesis
+
+numbers = itertools.count()
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    headers = case.headers or {}
+    if headers.get("If-Match") == "":
+        headers["If-Match"] = "*"
+    if re.fullmatch("[!-~]{1,255}", str(headers.get("Idempotency-Key", ""))):
+        headers["Idempotency-Key"] = f"{next(numbers)}-{headers['Idempotency-Key']}"[:255]
+"""
+
+
 def run_schemathesis(service: Service, folder: Path, *options: str) -> Document:
     """Run all phases and all checks over the document as two users; return the report, or fail with it in print.
 
@@ -432,9 +519,8 @@ def run_schemathesis(service: Service, folder: Path, *options: str) -> Document:
         ]
     }
     (folder / "users.json").write_text(json.dumps(users))
-    (folder / "schemathesis.toml").write_text(
-        '[auth.wfc]\npath = "users.json"\npeers = ["alice", "bob"]\n[cache]\nenabled = false\n'
-    )
+    (folder / "hooks.py").write_text(HOOKS)
+    (folder / "schemathesis.toml").write_text(CONFIGURATION)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--no-color"]
     command += ["--checks=all", "--max-response-time=20", "--phases=examples,coverage,fuzzing,stateful"]
     command += ["--suppress-health-check=too_slow"]  # of the machine, when it makes up the requests

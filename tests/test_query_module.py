@@ -53,6 +53,15 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     return load
 
 
+# The one conflict that the rule knows, for an INSERT of a row with this key.
+SAME_KEY = """
+    ON CONFLICT (user_id, split_part(idempotency_key, ' ', 1)) WHERE idempotency_key IS NOT NULL
+    DO UPDATE SET idempotency_key = excluded.idempotency_key
+    WHERE task.idempotency_key = excluded.idempotency_key
+"""
+KEYED = f"INSERT INTO task (user_id, title, idempotency_key) VALUES ($1, 'x', 'his hash') {SAME_KEY}"
+KEYED_AGAIN = KEYED.replace("his hash", "hers hash")
+
 # Each of these, sent for alice, shows or changes what is bob's: shown below on a database.
 REACHING = {
     "no predicate": "SELECT {task}, $1::text FROM task",
@@ -146,6 +155,14 @@ REACHING = {
     "INSERT that returns everything": (
         "INSERT INTO task (user_id, title) VALUES ($1, 'x') RETURNING (SELECT json_agg(t) FROM (TABLE task) AS t)"
     ),
+    "INSERT that gives a task away": (
+        "INSERT INTO task (user_id, id, title) VALUES ($1, 1, 'x')"
+        " ON CONFLICT (user_id, id) DO UPDATE SET user_id = 'bob'"
+    ),
+    "INSERT that gives the task of its key away": KEYED_AGAIN.replace("SET ", "SET user_id = 'bob ' || task.id, "),
+    "INSERT with a key that returns everything": f"{KEYED} RETURNING (SELECT json_agg(t) FROM (TABLE task) AS t)",
+    "INSERT of a second row with a key": KEYED.replace("'his hash')", "'his hash'), ('bob', 'x', 'new hash')"),
+    "INSERT with a key for somebody else": KEYED.replace("$1, 'x'", "'bob', $1") + "RETURNING {task}",
     "MERGE": "MERGE INTO task USING (VALUES ($1)) AS me (name) ON user_id <> name WHEN MATCHED THEN DELETE",
 }  # fmt: skip
 
@@ -165,11 +182,11 @@ UNVOUCHED = {
     "parameter ten and more": "SELECT {task} FROM task WHERE user_id = $10",
     "the schema named": "SELECT {task} FROM public.task WHERE user_id = $1",
     "a semicolon": "DELETE FROM task WHERE user_id = $1; DELETE FROM task",
-    "a conflict within the caller's keys beside another table": (
-        "INSERT INTO task (user_id, title) VALUES ($1, 'x') ON CONFLICT (user_id, split_part(idempotency_key, ' ', 1))"
-        " WHERE idempotency_key IS NOT NULL DO UPDATE SET idempotency_key = excluded.idempotency_key"
-        " WHERE task.idempotency_key = excluded.idempotency_key OR true RETURNING id"
-    ),
+    "a conflict whose condition is wider": f"{KEYED} OR true RETURNING id",
+    "a conflict with another condition": KEYED.replace("task.idempotency_key = excluded.idempotency_key", "true"),
+    "a conflict with another change": KEYED.replace("SET ", "SET title = excluded.title, "),
+    "a conflict of everybody's keys": KEYED.replace("ON CONFLICT (user_id, ", "ON CONFLICT ("),
+    "a conflict in lower case": KEYED.replace("ON CONFLICT", "on conflict"),
     "another conflict": "INSERT INTO task (user_id, id) VALUES ($1, 1) ON CONFLICT (user_id, id) DO NOTHING",
     "INSERT without the caller": "INSERT INTO task (title) VALUES ($1)",
     "INSERT with the caller last": "INSERT INTO task (title, user_id) VALUES ($2, $1)",
@@ -185,6 +202,9 @@ BOUND = {
     "a change": "UPDATE task SET title = $2 WHERE user_id = $1 AND id = $3 RETURNING {task}",
     "a removal": "DELETE FROM task WHERE user_id = $1 RETURNING id",
     "a new row": "INSERT INTO task (user_id, title) VALUES ($1, $2) RETURNING id",
+    "a new row with a key": KEYED,
+    "a new row with a key that is returned": f"{KEYED} RETURNING {{task}}, id",
+    "a row that is found by its key": f"{KEYED_AGAIN} RETURNING {{task}}, id",
     "a subselect": (
         "SELECT json_agg(item) FROM (SELECT {task} AS item FROM task WHERE user_id = $1 ORDER BY id) AS items"
     ),
@@ -246,13 +266,16 @@ def test_every_method_takes_the_caller_first() -> None:
 
 @pytest.fixture(scope="module")
 def two_users(new_database: Callable[[], str]) -> str:
-    """The URL of a database in which alice and bob have a task each."""
+    """The URL of a database in which alice and bob have a task each, made with a key."""
     url = new_database()
 
     async def fill() -> None:
         connection = await asyncpg.connect(url)
         await connection.execute(sql.SCHEMA)
-        await connection.execute("INSERT INTO task (user_id, title) VALUES ('alice', 'hers'), ('bob', 'a secret')")
+        await connection.execute(
+            "INSERT INTO task (user_id, title, idempotency_key)"
+            " VALUES ('alice', 'hers', 'hers hash'), ('bob', 'a secret', 'his hash')"
+        )
         await connection.close()
 
     asyncio.run(fill())

@@ -34,7 +34,7 @@ RUN, TEST, TOUR, HEROKU, INSTALL = blocks("sh")
 def table(heading: str) -> list[list[str]]:
     """Return the cells of the first table under a heading, without its head."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    rows = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)[0].splitlines()[2:]  # type: ignore[index]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import socket
 import subprocess
@@ -198,7 +199,8 @@ def test_the_key_and_the_index_begin_with_the_user(fresh_url: str) -> None:
     assert indexes(fresh_url) == {
         "public.task USING btree (user_id, id)",
         "public.task USING btree (user_id, created_at DESC, id DESC)",
-        "public.task USING btree (user_id, split_part(idempotency_key, ' '::text, 1)) WHERE (idempotency_key IS NOT NULL)",
+        "public.task USING btree (user_id, split_part(idempotency_key, ' '::text, 1))"
+        " WHERE (idempotency_key IS NOT NULL)",
     }
     key = execute(fresh_url, "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'task_pkey'")
     assert key == [("PRIMARY KEY (user_id, id)",)]
@@ -236,7 +238,7 @@ def test_a_row_at_a_limit_is_accepted_unchanged(
 
 
 @pytest.mark.parametrize("column", ["user_id", "id", "title", "completed", "created_at", "updated_at"])
-def test_only_a_description_may_be_null(fresh: psycopg.Connection[tuple[Any, ...]], column: str) -> None:
+def test_only_a_description_and_a_key_may_be_null(fresh: psycopg.Connection[tuple[Any, ...]], column: str) -> None:
     with pytest.raises(psycopg.errors.NotNullViolation) as refusal:
         insert(fresh, {column: None})
     assert refusal.value.diag.column_name == column
@@ -277,6 +279,46 @@ def test_two_users_may_have_tasks_with_one_id(fresh: psycopg.Connection[tuple[An
     insert(fresh, {"user_id": "bob", "id": 7})
     with pytest.raises(psycopg.errors.UniqueViolation):
         insert(fresh, {"user_id": "bob", "id": 7})
+
+
+def test_a_key_is_there_once_for_each_user(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
+    """What follows the first space is no part of it. Rows without a key are as many as they like."""
+    for user_id, key in [("alice", "a 1"), ("alice", "A 1"), ("alice", "b 1"), ("bob", "a 1"), ("alice", None)]:
+        insert(fresh, {"user_id": user_id, "idempotency_key": key})
+    insert(fresh, {"idempotency_key": None})
+    for key in ("a 1", "a 2", "a"):
+        with pytest.raises(psycopg.errors.UniqueViolation) as refusal, fresh.transaction():
+            insert(fresh, {"user_id": "alice", "idempotency_key": key})
+        assert refusal.value.diag.constraint_name == "task_user_id_idempotency_key_idx"
+
+
+def test_the_longest_key_of_the_longest_user_id_fits_the_index(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
+    """Of characters that do not compress."""
+    choices = random.Random(1)
+    user_id = "".join(chr(choices.randrange(0x10000, 0x110000)) for _ in range(255))
+    key = "".join(chr(choices.randrange(0x21, 0x7F)) for _ in range(255))
+    insert(fresh, {"user_id": user_id, "idempotency_key": f"{key} {'0' * 64}"})
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        insert(fresh, {"user_id": user_id, "idempotency_key": f"{key} {'1' * 64}"})
+
+
+WITHOUT_KEYS = "ALTER TABLE task DROP COLUMN idempotency_key;"
+"""Makes the table of the version before keys of the present one."""
+
+
+@pytest.mark.parametrize("tables", ["", old_table()], ids=["fresh", "adopted"])
+def test_a_table_without_keys_gets_them_and_is_not_rewritten(database_url: str, tables: str) -> None:
+    execute(database_url, tables + SCHEMA)
+    complete = columns(database_url), indexes(database_url)
+    execute(database_url, MANY_ROWS + WITHOUT_KEYS)
+    rows = "SELECT id, user_id, title, description, completed, created_at, updated_at FROM task ORDER BY id"
+    file = "SELECT pg_relation_filenode('task')"
+    before = execute(database_url, rows), execute(database_url, file)
+    assert (columns(database_url), indexes(database_url)) != complete
+    execute(database_url, SCHEMA)
+    assert (columns(database_url), indexes(database_url)) == complete
+    assert (execute(database_url, rows), execute(database_url, file)) == before
+    assert len(before[0]) == 5000
 
 
 def test_applying_the_schema_again_changes_nothing(database_url: str) -> None:
@@ -323,7 +365,11 @@ async def apply_by_many(url: str, tables: str, rounds: int) -> None:
             await connection.close()
 
 
-@pytest.mark.parametrize("tables", ["", old_table(), old_table(nullable=True)], ids=["fresh", "old", "old, nullable"])
+@pytest.mark.parametrize(
+    "tables",
+    ["", old_table(), old_table(nullable=True), SCHEMA + WITHOUT_KEYS],
+    ids=["fresh", "old", "old, nullable", "without keys"],
+)
 def test_eight_connections_can_apply_the_schema_at_once(database_url: str, tables: str) -> None:
     asyncio.run(apply_by_many(database_url, tables, rounds=10))
     assert len(checks(database_url)) == 6
@@ -353,17 +399,24 @@ def test_an_old_table_becomes_the_new_one(database_url: str, nullable: bool) -> 
     execute(database_url, old_table(nullable=nullable) + MANY_ROWS + SCHEMA)
     assert columns(database_url) == {
         "id": ["bigint", "NO", "nextval('task_id_seq'::regclass)", None],
-        "user_id": ["character varying", "NO", None, None],
-        "title": ["character varying", "NO", None, None],
-        "description": ["character varying", "YES", None, None],
+        "user_id": ["text", "NO", None, None],
+        "title": ["text", "NO", None, None],
+        "description": ["text", "YES", None, None],
         "completed": ["boolean", "NO", "false", None],
         "created_at": ["timestamp with time zone", "NO", "now()", None],
         "updated_at": ["timestamp with time zone", "NO", "now()", None],
+        "idempotency_key": ["text", "YES", None, None],
     }
     assert checks(database_url) == {
         "task_user_id", "task_id", "task_title", "task_description", "task_created_at", "task_updated_at",
     }  # fmt: skip
-    assert "public.task USING btree (user_id, created_at DESC, id DESC)" in indexes(database_url)
+    assert indexes(database_url) == {
+        "public.task USING btree (id)",
+        "public.task USING btree (user_id)",
+        "public.task USING btree (user_id, created_at DESC, id DESC)",
+        "public.task USING btree (user_id, split_part(idempotency_key, ' '::text, 1))"
+        " WHERE (idempotency_key IS NOT NULL)",
+    }
 
 
 @pytest.mark.parametrize(
@@ -668,7 +721,8 @@ def test_a_namesake_in_another_schema_is_left_alone(database_url: str) -> None:
     execute(database_url, "SET search_path = app, public;" + SCHEMA)
     assert fingerprint(database_url) == before
     made = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = 'app.task'::regclass"
-    assert any("(user_id, created_at DESC, id DESC)" in definition for (definition,) in execute(database_url, made))
+    for part in ("(user_id, created_at DESC, id DESC)", "(user_id, split_part(idempotency_key"):
+        assert any(part in definition for (definition,) in execute(database_url, made))
 
 
 # --- A role that owns nothing
