@@ -38,8 +38,8 @@ embedded: Postgres | None = None
 def pytest_configure(config: pytest.Config) -> None:
     """Tell pytest-postgresql, whose `postgresql_noproc` the fixtures below build on, where the server is."""
     global embedded
-    if config.option.collectonly:
-        return
+    if config.option.collectonly or (config.option.numprocesses and not hasattr(config, "workerinput")):
+        return  # no test runs in this process
     if "TEST_DATABASE_URL" not in os.environ:
         embedded = Postgres()
     parts = urlsplit(embedded.url() if embedded else os.environ["TEST_DATABASE_URL"])
