@@ -41,6 +41,7 @@ SETTINGS = {
 def environment(**variables: str) -> dict[str, str]:
     """Return the environment with these settings and none of the developer's own."""
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS and not name.startswith("PG")}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of a thousand starts would compile all that it imports
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return kept | {"PATH": path} | variables
 
