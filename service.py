@@ -520,7 +520,7 @@ class Identity:
         if settings.jwks_url:
             import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
 
-            self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT)
+            self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT, headers={"Accept-Encoding": "identity"})
 
     async def caller(self, authorization: bytes) -> str:
         """Return the user id that an Authorization header proves; raise 401, or 503 for want of the issuer's keys."""
@@ -569,6 +569,7 @@ class Identity:
             options={
                 "require": ["exp", "sub"],
                 "verify_aud": audience is not None,
+                "enforce_minimum_key_length": True,  # RFC 7518, sections 3.2 and 3.3
                 "verify_exp": False,  # PyJWT reads "123" and true as numbers; see below
             },
         )
@@ -608,14 +609,14 @@ class Identity:
         try:
             async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
                 answer.raise_for_status()  # which a redirect is an error for: it could lead to somebody else's keys
-                async for chunk in answer.aiter_bytes():
+                async for chunk in answer.aiter_raw():  # not decompressed, which could be a thousand times as much
                     key_set += chunk
                     if len(key_set) > KEYS_LIMIT:
                         raise ValueError(f"the answer has more than {KEYS_LIMIT} bytes")
             if key_set != self.key_set:
                 self.keys, self.key_set = read_key_set(key_set), key_set
                 self.verified.clear()  # some may have been verified with a key that is no more
-                log.info("%s: fetched the keys %s", url, ", ".join(map(str, self.keys)))
+                log.info("%s: fetched the keys %s", url, ", ".join(map(logfmt, self.keys)))
             self.fetch_error = ""
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             self.fetch_error = reason(error)

@@ -7,7 +7,9 @@ import itertools
 import json
 import random
 import re
+import shutil
 import socket
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 
 import sql
 from tests.conftest import new_user_id
-from tests.service_process import Client, Service
+from tests.service_process import ROOT, Client, Service, token
 from tests.test_tasks import NO_TASK, NOT_FOUND, wait_for_waiting_statements, what_is_stable
 
 Task = dict[str, Any]
@@ -1064,8 +1066,9 @@ class BadConnection:
                     self.carry(connection)
 
     def carry(self, connection: socket.socket) -> None:
-        """Carry one request to the service and the answer back, or not. The client asks for the connection's end."""
+        """Carry one request to the service and the answer back, or not."""
         request = read_request(connection)
+        request = re.sub(rb"\r\nconnection: [^\r]*", b"\r\nConnection: close", request, count=1, flags=re.IGNORECASE)
         [fate] = self.choices.choices(list(FATES), list(FATES.values()))
         if fate == "not waited for" and b"\r\nif-match:" not in request.lower():
             fate = "answer lost"  # if it is made later than its repetition, a condition alone makes that harmless
@@ -1188,6 +1191,40 @@ def test_a_client_that_repeats_its_writes_has_what_it_meant_to_have(three_proces
     assert fates.keys() == FATES.keys()
     assert outcomes.keys() == {"404", "412"}, "no write was made whose answer was lost"
     assert fates.total() > operations * 1.3
+
+
+MEANT = """
+    const now = globalThis.setTimeout
+    globalThis.setTimeout = (callback, milliseconds) => now(callback, milliseconds / 100)
+    const tasks = []
+    for (let number = 0; number < 60; number++) {
+      const { status, json: task } = await create({ title: `task ${number}` })
+      if (status !== 201) throw new Error(status)
+      if (number % 3 === 0) await remove(task)
+      else if (number % 3 === 1) tasks.push((await change(task.id, { description: `of ${number}` })).json)
+      else tasks.push(task)
+    }
+    console.log(JSON.stringify(tasks.map(({ updated_at, ...rest }) => rest)))
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_client_of_the_readme_has_what_it_meant_to_have(service: Service, alice: Client, seed: int) -> None:
+    if not shutil.which("node"):
+        pytest.skip("node is not installed")
+    [example] = re.findall(
+        r"^```js\n(// tasks\.js\n.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    with BadConnection(service, random.Random(seed)) as connection:
+        constants = f"const API_URL = '{connection.url}', TOKEN = '{token(alice.user_id)}'\n"
+        command = ["node", "--input-type=module", "--eval", constants + example + MEANT]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    meant = json.loads(ran.stdout)
+    assert len(meant) == 40
+    found = [{name: value for name, value in task.items() if name != "updated_at"} for task in alice.tasks()]
+    assert found == list(reversed(meant))
+    assert connection.fates.total() > connection.fates["passed on"] > 0
 
 
 # --- On the wire ---------------------------------------------------------------------------------------------------
