@@ -128,6 +128,18 @@ def test_swagger_ui_fills_in_an_example_that_can_be_sent_as_it_is(docs: Visit, a
     assert docs.errors == []
 
 
+def test_swagger_ui_sends_what_makes_a_request_safe_to_repeat(docs: Visit, alice: Client) -> None:
+    authorize(docs.page, alice.user_id)
+    key = {"Idempotency-Key": "from-the-browser"}
+    status, task = execute(docs.page, "create_task", '{"title": "once"}', **key)
+    assert (status, alice.tasks()) == (201, [task])
+    assert alice.post("/api/tasks", json={"title": "once"}, headers=key).json() == task
+    changed = {"task_id": task["id"], "If-Match": f'"{task["updated_at"]}"'}
+    status, task = execute(docs.page, "complete_task", "{}", **changed)
+    assert (status, alice.tasks()) == (200, [task])
+    assert execute(docs.page, "update_task", "{}", **changed)[0] == 412
+
+
 def test_swagger_ui_shows_the_answer_to_a_request_without_a_token(docs: Visit) -> None:
     assert execute(docs.page, "list_tasks") == (401, {"detail": "Not authenticated"})
 
