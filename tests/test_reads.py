@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import asyncpg
 import pytest
@@ -38,8 +39,10 @@ def filled_url(new_database: Callable[[], str]) -> str:
 
 
 @asynccontextmanager
-async def pool_and_queries(url: str, size: int = 4) -> AsyncIterator[tuple[asyncpg.Pool, Queries]]:
-    async with asyncpg.create_pool(url, min_size=0, max_size=size, connection_class=Connection) as pool:
+async def pool_and_queries(
+    url: str, connection_class: type[Connection] = Connection
+) -> AsyncIterator[tuple[asyncpg.Pool, Queries]]:
+    async with asyncpg.create_pool(url, min_size=0, max_size=4, connection_class=connection_class) as pool:
         queries = Queries(pool)
         await queries.apply_schema()
         yield pool, queries
@@ -74,10 +77,30 @@ def test_what_a_thousand_users_read_at_once_is_what_each_reads_alone(filled_url:
 def test_reads_of_one_moment_take_one_connection_and_later_ones_another(filled_url: str) -> None:
     async def check() -> None:
         async with pool_and_queries(filled_url) as (pool, queries):
-            await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:30]))
+            await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:30]))
             assert pool.get_size() == 1
-            await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:100]))
+            await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:100]))
             assert pool.get_size() == 4
+
+    asyncio.run(check())
+
+
+def test_a_list_shares_its_message_with_nobody(filled_url: str) -> None:
+    """With a long one in it, the others would wait."""
+    sent: list[int] = []
+
+    class Spy(Connection):
+        async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+            sent.append(len(args))
+            return await super().fetchmany(query, args, **options)
+
+    async def check() -> None:
+        async with pool_and_queries(filled_url, connection_class=Spy) as (_, queries):
+            await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:30]))
+            assert sent == [1] * 30
+            sent.clear()
+            await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:40]))
+            assert sent == [32, 8]
 
     asyncio.run(check())
 
@@ -120,7 +143,7 @@ def test_reads_survive_the_loss_of_their_connections(filled_url: str) -> None:
 def test_who_no_longer_waits_for_a_read_disturbs_nobody(filled_url: str) -> None:
     async def check() -> None:
         async with pool_and_queries(filled_url) as (_, queries):
-            reads = [asyncio.create_task(queries.list_tasks(user_id, [True, False])) for user_id in USERS[:9]]
+            reads = [asyncio.create_task(queries.get_task(user_id, 1)) for user_id in USERS[:9]]
             await asyncio.sleep(0)
             for read in reads[::3]:
                 read.cancel()
