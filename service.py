@@ -21,6 +21,7 @@ import importlib.util
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -50,6 +51,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sql import COMMAND_TIMEOUT, Connection, Queries
 
@@ -520,7 +522,10 @@ class Identity:
         if settings.jwks_url:
             import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
 
-            self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT, headers={"Accept-Encoding": "identity"})
+            try:
+                self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT, headers={"Accept-Encoding": "identity"})
+            except (ValueError, OSError) as error:  # HTTPS_PROXY, SSL_CERT_FILE and their like
+                raise SettingError(f"HTTP requests cannot be made in this environment: {reason(error)}.") from None
 
     async def caller(self, authorization: bytes) -> str:
         """Return the user id that an Authorization header proves; raise 401, or 503 for want of the issuer's keys."""
@@ -606,9 +611,11 @@ class Identity:
     async def fetch_keys(self) -> None:
         """Replace the keys by those that the issuer has now, or keep them and say in the log why; never raise."""
         url, key_set, error_before = self.settings.jwks_url or "", bytearray(), self.fetch_error
+        place = url.partition("?")[0]  # a query may hold a secret
         try:
             async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
-                answer.raise_for_status()  # which a redirect is an error for: it could lead to somebody else's keys
+                if answer.status_code != 200:  # a redirect could lead to somebody else's keys
+                    raise ValueError(f"the status is {answer.status_code}")
                 async for chunk in answer.aiter_raw():  # not decompressed, which could be a thousand times as much
                     key_set += chunk
                     if len(key_set) > KEYS_LIMIT:
@@ -616,13 +623,13 @@ class Identity:
             if key_set != self.key_set:
                 self.keys, self.key_set = read_key_set(key_set), key_set
                 self.verified.clear()  # some may have been verified with a key that is no more
-                log.info("%s: fetched the keys %s", url, ", ".join(map(logfmt, self.keys)))
+                log.info("%s: fetched the keys %s", place, ", ".join(map(logfmt, self.keys)))
             self.fetch_error = ""
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             self.fetch_error = reason(error)
             self.pause_until = time.monotonic() + KEYS_PAUSE
             if self.fetch_error != error_before:
-                log.warning("%s: no keys could be fetched: %s", url, self.fetch_error)
+                log.warning("%s: no keys could be fetched: %s", place, self.fetch_error)
 
 
 def read_key_set(text: bytearray) -> dict[str | None, tuple[Any, list[str]]]:
@@ -1082,6 +1089,14 @@ def create_pool(settings: Settings) -> asyncpg.Pool:
     )
 
 
+async def end_with_supervisor() -> None:
+    """Stop a worker whose supervisor has been killed and cannot stop it any more."""
+    if supervisor := multiprocessing.parent_process():
+        while supervisor.is_alive():  # noqa: ASYNC110  nothing tells of its end
+            await asyncio.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 async def apply_schema_with_patience(queries: Queries) -> None:
     """Apply the schema, however long the database takes to appear; log each new reason why it could not be."""
     said = ""
@@ -1106,11 +1121,11 @@ def create_app(settings: Settings) -> ASGIApp:
         pool = await create_pool(settings)
         queries = Queries(pool)
         schema = asyncio.create_task(apply_schema_with_patience(queries))
-        keys = asyncio.create_task(identity.keep_keys_fresh())
+        others = [asyncio.create_task(each) for each in (identity.keep_keys_fresh(), end_with_supervisor())]
         await asyncio.wait([schema], timeout=STARTUP_PATIENCE)
         yield {"queries": queries}
-        schema.cancel()
-        keys.cancel()
+        for task in (schema, *others):
+            task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_PATIENCE):
                 await pool.close()  # past the timeout it terminates the connections instead
@@ -1179,6 +1194,14 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which takes trailer fields for headers, even an Authorization (RFC 9110, section 6.5.1)."""
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self.headers = []  # what comes from here on is in nobody's hands
+
+
 def serve(settings: Settings) -> None:
     """Serve until a signal comes. The workers read the environment again, each for itself."""
     uvicorn.run(
@@ -1188,6 +1211,7 @@ def serve(settings: Settings) -> None:
         workers=settings.workers,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=SHUTDOWN_GRACE,
+        http="service:HttpProtocol",
         access_log=False,
         server_header=False,
         log_config=None,

@@ -479,3 +479,11 @@ def test_an_idle_connection_stays_open_for_longer_than_by_default(
     connection, used = idle_connection
     time.sleep(max(0.0, used + 6.5 - time.monotonic()))
     assert get(connection, "/health") == 200
+
+
+def test_workers_end_with_a_supervisor_that_was_killed(database_url: str, start_service: StartService) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY="2")
+    workers = psutil.Process(service.process.pid).children(recursive=True)
+    service.process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []

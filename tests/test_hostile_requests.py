@@ -729,3 +729,33 @@ def test_a_request_writes_no_line_of_its_own_into_the_log(service: Service, alic
             assert service.log_line(answer.headers["x-request-id"]).startswith("method=GET path=")
     assert not [line for line in service.log.splitlines() if line.startswith(forged)]
     assert "\x1b" not in service.log
+
+
+# --- Fields behind the body ------------------------------------------------------------------------------------------
+
+
+def chunked(service: Service, headers: list[str], trailers: list[str]) -> tuple[int, bytes]:
+    """Send a task in a chunk with fields before and behind it; return the status and the body of the answer."""
+    lines = ["POST /api/tasks HTTP/1.1", "Host: here", "Transfer-Encoding: chunked", "Connection: close", *headers]
+    request = "\r\n".join([*lines, "", "f", '{"title": "t" }', "0", *trailers, "", ""])
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(request.encode())
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def test_a_trailer_is_no_header(service: Service, alice: Client, bob: Client) -> None:
+    """RFC 9110, section 6.5.1: a recipient must not merge the two."""
+    hers, his = (f"Authorization: {client.headers['Authorization']}" for client in (alice, bob))
+    assert chunked(service, [], [hers]) == (401, b'{"detail":"Not authenticated"}')
+    for trailer in (
+        his,
+        "Authorization: Bearer nonsense",
+        "Content-Type: text/plain",
+        "Idempotency-Key: a b",
+        "Upgrade: x",
+    ):
+        status, body = chunked(service, [hers], [trailer])
+        assert (status, json.loads(body)["user_id"]) == (201, alice.user_id)
+    assert (len(alice.tasks()), bob.tasks()) == (5, [])

@@ -24,6 +24,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from tests.postgres import free_port
 from tests.service_process import ROOT, SECRET, Client, Service, environment, token
 from tests.test_settings import PYTHON, URL, run
 from tests.test_tokens import BEYOND_LEEWAY, WITHIN_LEEWAY, ask, assert_refused, caller, claims, encode, new_user, sign
@@ -902,3 +903,17 @@ def test_no_token_can_be_made_without_a_secret() -> None:
     stopped = run([*PYTHON, "token", "alice"], BETTER_AUTH_SECRET="", BETTER_AUTH_URL=AUTH_ORIGIN)
     assert (stopped.returncode != 0, stopped.stdout) == (True, "")
     assert re.fullmatch(r"error: BETTER_AUTH_SECRET [^\n]+\n", stopped.stderr)
+
+
+@pytest.mark.parametrize(("name", "value"), [("HTTPS_PROXY", "garbage://proxy"), ("SSL_CERT_FILE", "/nowhere/ca.pem")])
+def test_an_environment_in_which_no_request_can_be_made_is_told_in_one_sentence(name: str, value: str) -> None:
+    stopped = run(PYTHON, **{"BETTER_AUTH_URL": AUTH_ORIGIN, name: value})
+    assert stopped.returncode != 0
+    assert re.fullmatch(r"error: HTTP requests cannot be made in this environment: [^\n]+\.\n", stopped.stderr)
+
+
+def test_the_query_of_a_url_is_not_logged(database: str, start_service: Callable[..., Service]) -> None:
+    url = f"http://127.0.0.1:{free_port()}/jwks"
+    service = start_service(database, BETTER_AUTH_SECRET="", JWKS_URL=f"{url}?key=hunterswordfish")
+    wait_until(lambda: f"{url}: no keys could be fetched: " in service.log, HEALING)
+    assert "hunter" not in service.log
