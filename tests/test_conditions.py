@@ -1059,11 +1059,13 @@ class BadConnection:
         self.listener.close()
 
     def run(self) -> None:
-        with suppress(OSError):
-            while True:
+        while True:
+            try:
                 connection, _ = self.listener.accept()
-                with connection, suppress(ConnectionError):
-                    self.carry(connection)
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                self.carry(connection)
 
     def carry(self, connection: socket.socket) -> None:
         """Carry one request to the service and the answer back, or not."""
@@ -1087,11 +1089,15 @@ class BadConnection:
 def read_request(connection: socket.socket) -> bytes:
     request = b""
     while b"\r\n\r\n" not in request:
-        request += connection.recv(65_536)
+        if not (more := connection.recv(65_536)):
+            raise ConnectionError
+        request += more
     head, _, body = request.partition(b"\r\n\r\n")
     length = re.search(rb"\r\ncontent-length: *([0-9]+)", head, re.IGNORECASE)
     while length and len(body) < int(length[1]):
-        body += connection.recv(65_536)
+        if not (more := connection.recv(65_536)):
+            raise ConnectionError
+        body += more
     return head + b"\r\n\r\n" + body
 
 
@@ -1106,10 +1112,10 @@ class Persistent:
 
     def send(self, method: str, path: str, body: object, headers: dict[str, str]) -> tuple[httpx.Response, bool]:
         """Return the answer, and whether an earlier try may have been made."""
-        for cuts in itertools.count():
+        for cuts in range(100):
             with suppress(httpx.TransportError):
                 return self.client.request(method, path, json=body, headers=headers), cuts > 0
-        raise AssertionError
+        raise AssertionError("no answer to a hundred tries")
 
     def live(self, operations: int) -> None:
         for _ in range(operations):
