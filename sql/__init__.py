@@ -50,6 +50,9 @@ SAME_KEY = (
     " DO UPDATE SET idempotency_key = excluded.idempotency_key WHERE task.idempotency_key = excluded.idempotency_key"
 )
 
+# {version} in the other files: which state of a task it is, for If-Match. Its updated_at, as clients see it.
+VERSION = """to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')"""
+
 
 def read(name: str) -> str:
     """Return the text of a file in this folder."""
@@ -68,13 +71,11 @@ def load(name: str) -> str:
 
 
 def fill(statement: str) -> str:
-    """Return a statement with the texts that several share in their places; raise ValueError if one of those reads."""
-    for name in ("task", "version"):
-        text = read(f"{name}.sql")
-        if re.search(r"\b(SELECT|FROM|TABLE)\b", re.sub("^--.*$", "", text, flags=re.MULTILINE), re.IGNORECASE):
-            raise ValueError(f"sql/{name}.sql could reach tasks of somebody other than $1")
-        statement = statement.replace(f"{{{name}}}", text)
-    return statement
+    """Return a statement with what several share in its places; raise ValueError if task.sql reads a table."""
+    task = read("task.sql")
+    if re.search(r"\b(SELECT|FROM|TABLE)\b", re.sub("^--.*$", "", task, flags=re.MULTILINE), re.IGNORECASE):
+        raise ValueError("sql/task.sql could reach tasks of somebody other than $1")
+    return statement.replace("{task}", task).replace("{version}", VERSION)
 
 
 SCHEMA = read("schema.sql")
