@@ -616,7 +616,9 @@ class Identity:
             async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
                 if answer.status_code != 200:  # a redirect could lead to somebody else's keys
                     raise ValueError(f"the status is {answer.status_code}")
-                async for chunk in answer.aiter_raw():  # not decompressed, which could be a thousand times as much
+                if "content-encoding" in answer.headers:  # it could become a thousand times as much
+                    raise ValueError("the answer is compressed, though it was not to be")
+                async for chunk in answer.aiter_raw():
                     key_set += chunk
                     if len(key_set) > KEYS_LIMIT:
                         raise ValueError(f"the answer has more than {KEYS_LIMIT} bytes")
