@@ -110,8 +110,8 @@ def serving(command: str, url: str, workers: int) -> Iterator[tuple[str, psutil.
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """Return the CPU that a process and its children have taken so far."""
-    total = 0.0
+    """Return the CPU that a process and its children have taken so far, those that have ended included."""
+    total = sum(process.cpu_times()[2:4])
     for each in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # one that has just ended
             total += sum(each.cpu_times()[:2])
