@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ FOLDER = Path(__file__).parent
 
 ACQUIRE_TIMEOUT = 5.0  # seconds that a request waits for a connection; two tries of a read, all in all, take under 30
 COMMAND_TIMEOUT = 8.0  # seconds that a statement may take, a wait for a locked row included
+TURN_TIMEOUT = 2.0  # seconds that a change waits for another one of the same task
 READS_TOGETHER = 32  # at most, so that more at once are spread over several connections
 SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
 
@@ -114,6 +116,7 @@ class Queries:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self.pool = pool
         self.schema_applied = False
+        self.turns: weakref.WeakValueDictionary[tuple[str, int], asyncio.Lock] = weakref.WeakValueDictionary()
         self.reads: dict[str, list[Read]] = {}
         self.sending: set[asyncio.Task[None]] = set()
 
@@ -152,7 +155,7 @@ class Queries:
         self, user_id: str, task_id: int, changes: Mapping[str, Any], versions: list[str] | None
     ) -> str | None:
         """Set the fields that `changes` has, of title, description and completed; return the task or None."""
-        row = await self._send(
+        row = await self._change(
             UPDATE_TASK,
             user_id,
             task_id,
@@ -168,12 +171,26 @@ class Queries:
         self, user_id: str, task_id: int, completed: bool | None, versions: list[str] | None
     ) -> str | None:
         """Set `completed`, or toggle it where None is given; return the task or None."""
-        row = await self._send(COMPLETE_TASK, user_id, task_id, completed, versions)
+        row = await self._change(COMPLETE_TASK, user_id, task_id, completed, versions)
         return row[0] if row else None
 
     async def delete_task(self, user_id: str, task_id: int, versions: list[str] | None) -> bool:
         """Delete a task; return whether there was one."""
-        return await self._send(DELETE_TASK, user_id, task_id, versions) is not None
+        return await self._change(DELETE_TASK, user_id, task_id, versions) is not None
+
+    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> asyncpg.Record | None:
+        """Send a statement that changes a task, and return its row.
+
+        The changes of a task take turns here: in the database they would wait for its lock, each with a connection, and
+        where somebody else holds that lock for long, soon nobody would have one.
+        """
+        turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
+        async with asyncio.timeout(TURN_TIMEOUT):
+            await turn.acquire()
+        try:
+            return await self._send(statement, user_id, task_id, *parameters)
+        finally:
+            turn.release()
 
     async def _send(self, statement: str, user_id: str, *parameters: object) -> asyncpg.Record | None:
         """Send a statement that changes something, and return its row."""

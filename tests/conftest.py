@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -14,10 +16,11 @@ from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
-from tests.postgres import Postgres
+from tests.postgres import Postgres, free_port
 from tests.service_process import Client, Service, running
 
 CHROMIUM = Path("/usr/bin/chromium")
+PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/bin:/opt/homebrew/bin:" + os.environ.get("PATH", ""))
 PUBLIC = "tasks.example"
 """A name under which the browser finds 127.0.0.1: a page that asks other hosts may refrain from it on localhost."""
 
@@ -62,6 +65,24 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr}"
     return report
+
+
+@pytest.fixture
+def figures(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+    """A function that takes a fault and what was seen of it, for the table at the end of the run."""
+
+    def record(fault: str, seen: str) -> None:
+        record_property("figures", f"| {fault} | {seen} |")
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    rows = [value for report in reports for name, value in report.user_properties if name == "figures"]
+    if rows:
+        terminalreporter.section("What was seen")
+        terminalreporter.write_line("\n".join(["| fault | what was seen |", "|---|---|", *dict.fromkeys(rows)]))
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +132,27 @@ def start_service() -> Iterator[Callable[..., Service]]:
     yield start
     for service in services:
         service.remove()
+
+
+@pytest.fixture
+def pgbouncer(postgres: Postgres, tmp_path: Path) -> Iterator[int]:
+    """The port of a PgBouncer that hands each transaction to one of two connections to the module's `postgres`."""
+    if not PGBOUNCER:
+        pytest.skip("pgbouncer is not installed")
+    port = free_port()
+    settings = {
+        "listen_addr": "127.0.0.1", "listen_port": port, "unix_socket_dir": "", "auth_type": "any",
+        "pool_mode": "transaction", "default_pool_size": 2, "max_client_conn": 500,
+    }  # fmt: skip
+    lines = [f"{name} = {value}" for name, value in settings.items()]
+    if postgres.user:  # PgBouncer refuses to run as root too
+        lines.append(f"user = {postgres.user}")
+    ini = tmp_path / "pgbouncer.ini"
+    server = f"* = host=127.0.0.1 port={postgres.port} user=postgres"
+    ini.write_text("\n".join(["[databases]", server, "[pgbouncer]", *lines, ""]))
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen([PGBOUNCER, str(ini)], stderr=log) as process:
+        yield port
+        process.terminate()
 
 
 def new_user_id() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -35,17 +36,43 @@ def is_alive(process: psutil.Process) -> bool:
 class Postgres:
     """A cluster in a folder of its own, with the superuser `postgres` and no password."""
 
-    def __init__(self, **settings: str) -> None:
+    def __init__(
+        self, *, standby_of: Postgres | None = None, environment: dict[str, str] | None = None, **settings: str
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="tasks-test-"))
         self.folder.chmod(0o755)  # initdb may run as another user, see below
         (self.folder / "data").mkdir()
         self.server = PostgresServer(self.folder / "data", cleanup_mode=None)
-        self.server.ensure_pgdata_inited()  # as root it creates and uses the system user `pgserver`
-        self.user = self.server.system_user
+        self.user: str | None
+        if standby_of:
+            self.user = standby_of.user
+            self.copy(standby_of)
+        else:
+            self.server.ensure_pgdata_inited()  # as root it creates and uses the system user `pgserver`
+            self.user = self.server.system_user
+        self.environment = environment or {}
         self.settings = FAST | settings
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
+
+    def copy(self, primary: Postgres) -> None:
+        """Fill the folder with what the primary has, and with the settings to follow it."""
+        data = self.folder / "data"
+        data.chmod(0o700)
+        if self.user:
+            shutil.chown(data, self.user)
+        command = [
+            str(self.server.bin_path / "pg_basebackup"),
+            "-D",
+            str(data),
+            "-R",
+            "-c",
+            "fast",
+            "-d",
+            primary.url(),
+        ]
+        subprocess.run(command, user=self.user, check=True, capture_output=True)
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
@@ -59,6 +86,7 @@ class Postgres:
                 stdout=log,
                 stderr=log,
                 user=self.user,
+                env=os.environ | self.environment,
                 start_new_session=True,  # Ctrl-C in the terminal is for pytest, which then stops the server
             )
         if wait:

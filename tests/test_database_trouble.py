@@ -177,14 +177,14 @@ def threads(count: int = 1) -> Iterator[ThreadPoolExecutor]:
 
 def fill_pool(service: Service, client: Client) -> int:
     """Make the service hold several idle connections, and return how many there are in its database."""
-    task = client.create()
-    path = f"/api/tasks/{task['id']}/complete"
+    paths = [f"/api/tasks/{client.create()['id']}" for _ in range(IDLE)]
     with threads(IDLE) as executor:
-        with locked_row(service.database_url, task):
-            answers = [executor.submit(client.patch, path) for _ in range(IDLE)]
+        with locked(service.database_url, f"SELECT FROM task WHERE user_id = '{client.user_id}' FOR UPDATE"):
+            answers = [executor.submit(client.patch, f"{path}/complete") for path in paths]
             wait_for_locked(service.database_url, IDLE)
         assert [answer.result().status_code for answer in answers] == [200] * IDLE
-    assert client.delete(path.removesuffix("/complete")).status_code == 204
+    for path in paths:
+        assert client.delete(path).status_code == 204
     [(connections,)] = execute(service.database_url, f"SELECT count(*) {OTHERS}")
     assert connections >= IDLE
     return int(connections)
@@ -241,8 +241,9 @@ def assert_healed(service: Service, client: Client, tasks: list[dict[str, Any]])
 # --- At start
 
 
+@pytest.mark.fault
 def test_a_service_that_is_there_before_its_server_heals_by_itself(
-    postgres: Postgres, start: Callable[..., Service]
+    postgres: Postgres, start: Callable[..., Service], figures: Callable[[str, str], None]
 ) -> None:
     url = create_database(postgres)
     postgres.stop()
@@ -252,7 +253,13 @@ def test_a_service_that_is_there_before_its_server_heals_by_itself(
         assert_only_the_database_is_missed(alice, nobody)
         assert service.log.count("waiting for the database: ConnectionRefusedError") == 1
         postgres.start()
+        back = time.monotonic()
         assert_healed(service, alice, [])
+        seconds = time.monotonic() - back
+    figures(
+        "The database is absent at boot",
+        f"`/health` 200, `/health/ready` and `/api` 503; schema and all {seconds:.1f} s after it appeared",
+    )
 
 
 @pytest.mark.long
@@ -616,7 +623,10 @@ def test_terminating_backends_under_load_gives_nothing_but_503(service: Service,
 # --- Full, forbidden, dropped, read-only
 
 
-def test_a_server_without_a_free_connection_is_a_503(postgres: Postgres, service: Service, alice: Client) -> None:
+@pytest.mark.fault
+def test_a_server_without_a_free_connection_is_a_503(
+    postgres: Postgres, service: Service, alice: Client, figures: Callable[[str, str], None]
+) -> None:
     """SQLSTATE 53300."""
     task = alice.create()
     others: list[psycopg.Connection[tuple[Any, ...]]] = []
@@ -628,7 +638,12 @@ def test_a_server_without_a_free_connection_is_a_503(postgres: Postgres, service
     finally:
         for other in others:
             other.close()
+    freed = time.monotonic()
     assert_healed(service, alice, [task])
+    figures(
+        "Others have all the connections of the database",
+        f"503; as usual {time.monotonic() - freed:.1f} s after they let go",
+    )
 
 
 def take_every_connection(postgres: Postgres, taken: list[psycopg.Connection[tuple[Any, ...]]]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sql import ACQUIRE_TIMEOUT, COMMAND_TIMEOUT, TURN_TIMEOUT
 from tests.postgres import free_port
 from tests.service_process import ROOT, SECRET, Client, Service, environment
 
@@ -191,3 +192,16 @@ def test_every_link_leads_somewhere() -> None:
     sections = {f"#{heading.lower().replace(' ', '-')}" for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         assert target in sections or (ROOT / target).exists(), target
+
+
+def test_every_fault_of_the_table_has_a_test_that_makes_its_line() -> None:
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    made = set(re.findall(r'figures\(\s*"([^"]+)"', tests))
+    assert {row[0] for row in table("When something dies")} == made
+
+
+def test_the_times_that_a_request_waits_are_the_real_ones_and_less_than_a_router_s() -> None:
+    tries = ACQUIRE_TIMEOUT + COMMAND_TIMEOUT
+    assert max(2 * tries, TURN_TIMEOUT + tries) < 30
+    times = f"{TURN_TIMEOUT:.0f} seconds for its turn to change a task, {ACQUIRE_TIMEOUT:.0f} for a connection,"
+    assert f"{times} {COMMAND_TIMEOUT:.0f} for its statement" in " ".join(README.split())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import http.client
-import os
 import re
 import shutil
 import socket
@@ -542,30 +541,6 @@ def executed(postgres: Postgres, database: str) -> set[str]:
     return set(re.findall(rf"^{database}: LOG:  execute (\S+):", (postgres.folder / "log").read_text(), re.MULTILINE))
 
 
-PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/bin:/opt/homebrew/bin:" + os.environ.get("PATH", ""))
-
-
-@pytest.fixture
-def pgbouncer(postgres: Postgres, tmp_path: Path) -> Iterator[int]:
-    """The port of a PgBouncer that hands each transaction to one of two connections."""
-    if not PGBOUNCER:
-        pytest.skip("pgbouncer is not installed")
-    port = free_port()
-    settings = {
-        "listen_addr": "127.0.0.1", "listen_port": port, "unix_socket_dir": "", "auth_type": "any",
-        "pool_mode": "transaction", "default_pool_size": 2, "max_client_conn": 500,
-    }  # fmt: skip
-    lines = [f"{name} = {value}" for name, value in settings.items()]
-    if postgres.user:  # PgBouncer refuses to run as root too
-        lines.append(f"user = {postgres.user}")
-    ini = tmp_path / "pgbouncer.ini"
-    server = f"* = host=127.0.0.1 port={postgres.port} user=postgres"
-    ini.write_text("\n".join(["[databases]", server, "[pgbouncer]", *lines, ""]))
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen([PGBOUNCER, str(ini)], stderr=log) as process:
-        yield port
-        process.terminate()
-
-
 def test_any_number_of_requests_get_through_a_pooler_with_two_connections(
     postgres: Postgres, pgbouncer: int, database: str, start_service: StartService
 ) -> None:
@@ -603,9 +578,9 @@ def test_the_pool_opens_no_more_connections_than_it_may(database_url: str, start
         psycopg.connect(database_url, autocommit=True) as admin,
         ThreadPoolExecutor(12) as threads,
     ):
-        path = f"/api/tasks/{alice.create()['id']}/complete"
+        paths = [f"/api/tasks/{alice.create()['id']}/complete" for _ in range(12)]
         lock.execute("SELECT FROM task FOR UPDATE")
-        answers = [threads.submit(alice.patch, path) for _ in range(12)]
+        answers = [threads.submit(alice.patch, path) for path in paths]
         wait_until(lambda: admin.execute(count).fetchone() == (3,))
         time.sleep(0.5)
         assert admin.execute(count).fetchone() == (3,)

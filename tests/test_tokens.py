@@ -562,7 +562,10 @@ def test_a_token_is_not_good_for_longer_because_it_was_used(http: Client) -> Non
 
 
 @pytest.mark.long
-def test_a_token_that_was_used_before_it_expired_ends_with_the_leeway(http: Client) -> None:
+@pytest.mark.fault
+def test_a_token_that_was_used_before_it_expired_ends_with_the_leeway(
+    http: Client, figures: Callable[[str, str], None]
+) -> None:
     user = new_user()
     short = sign(claims(user, exp=time.time() + 2))
     assert caller(http, short) == user
@@ -570,6 +573,7 @@ def test_a_token_that_was_used_before_it_expired_ends_with_the_leeway(http: Clie
     assert caller(http, short) == user
     time.sleep(LEEWAY)
     assert_refused(ask(http, short), "Token has expired")
+    figures("A token expires while it is in the cache", f"401 after the leeway of {LEEWAY} s")
 
 
 def test_a_crowd_of_users_takes_nobody_s_place(start_service: Callable[..., Service], database_url: str) -> None:
