@@ -935,7 +935,7 @@ DETAIL = {"type": "string", "description": "One sentence for a person.", "exampl
 FIELD_ERROR = json_object(
     "field",
     "message",
-    field={"enum": [*FIELDS, "status", "task_id", "body"], "examples": ["title"]},
+    field={"type": "string", "enum": [*FIELDS, "status", "task_id", "body"], "examples": ["title"]},
     message={"type": "string", "examples": ["must not be blank"]},
 )
 SCHEMAS = {
@@ -946,7 +946,7 @@ SCHEMAS = {
     "Completion": COMPLETION,
     "Health": json_object("status", "version", status={"const": "ok"}, version={"const": VERSION}),
     "About": json_object(*ABOUT, **{name: {"const": text} for name, text in ABOUT.items()}),
-    "Document": {"type": "object"},
+    "Document": {"type": "object", "additionalProperties": True},  # or generated types take it for an empty object
     "Page": {"type": "string"},
     "Error": json_object("detail", detail=DETAIL),
     "ValidationError": json_object("detail", "errors", detail=DETAIL, errors={"type": "array", "items": FIELD_ERROR}),
