@@ -29,7 +29,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-RUN, TEST, TOUR, HEROKU, INSTALL = blocks("sh")
+RUN, TEST, TOUR, TYPES, HEROKU, INSTALL = blocks("sh")
 
 
 def table(heading: str) -> list[list[str]]:
