@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -698,7 +697,7 @@ class Answers:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
-            request_id = uuid.uuid4().hex
+            request_id = secrets.token_hex(16)
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -726,17 +725,12 @@ class Answers:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:  # a bug, answered with a 500 by now: Starlette raises it again for the log
             bug = error
-        line = {
-            "method": scope["method"],
-            "path": path,
-            "status": status,
-            "ms": f"{(time.perf_counter() - started) * 1000:.1f}",
-            "id": request_id,
-            "user": scope.get("user"),
-            "error": scope.get("trouble"),
-        }
-        text = " ".join(f"{key}={logfmt(value)}" for key, value in line.items() if value is not None)
-        log.log(logging.ERROR if bug else logging.INFO, text, exc_info=bug)
+        ms = (time.perf_counter() - started) * 1000
+        line = f"method={scope['method']} path={logfmt(path)} status={status} ms={ms:.1f} id={request_id}"
+        for key, name in (("user", "user"), ("error", "trouble")):
+            if name in scope:
+                line += f" {key}={logfmt(scope[name])}"
+        log.log(logging.ERROR if bug else logging.INFO, line, exc_info=bug)
 
 
 def logfmt(value: object) -> str:

@@ -21,7 +21,9 @@ FOLDER = Path(__file__).parent
 ACQUIRE_TIMEOUT = 5.0  # seconds that a request waits for a connection; two tries of a read, all in all, take under 30
 COMMAND_TIMEOUT = 8.0  # seconds that a statement may take, a wait for a locked row included
 TURN_TIMEOUT = 2.0  # seconds that a change waits for another one of the same task
-READS_TOGETHER = 32  # at most, so that more at once are spread over several connections
+TOGETHER = 32  # statements in one message at most, so that more at once are spread over several connections
+SHORT_LIST = 16_384  # characters of a list that may share a message with others, which have to wait for it
+KNOWN_LISTS = 4096  # of which is remembered that they are short
 SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
 
 CONNECTION_LOST = (
@@ -87,6 +89,7 @@ CREATE_TASK = load("create_task.sql")
 UPDATE_TASK = load("update_task.sql")
 COMPLETE_TASK = load("complete_task.sql")
 DELETE_TASK = load("delete_task.sql")
+READS = (LIST_TASKS, GET_TASK)
 
 
 class Connection(asyncpg.Connection):
@@ -100,11 +103,11 @@ class Connection(asyncpg.Connection):
         return ""
 
 
-class Read(NamedTuple):
-    """A read that waits for its connection."""
+class Call(NamedTuple):
+    """The parameters of a statement, the caller first, and what waits for the row that they give."""
 
     parameters: tuple[object, ...]
-    value: asyncio.Future[Any]
+    row: asyncio.Future[asyncpg.Record]
 
 
 class Queries:
@@ -117,7 +120,8 @@ class Queries:
         self.pool = pool
         self.schema_applied = False
         self.turns: weakref.WeakValueDictionary[tuple[str, int], asyncio.Lock] = weakref.WeakValueDictionary()
-        self.reads: dict[str, list[Read]] = {}
+        self.short_lists: set[tuple[object, ...]] = set()
+        self.calls: dict[str, list[Call]] = {}
         self.sending: set[asyncio.Task[None]] = set()
 
     async def apply_schema(self) -> None:
@@ -128,15 +132,20 @@ class Queries:
 
     async def list_tasks(self, user_id: str, completed: list[bool]) -> str:
         """Return the caller's tasks whose `completed` is among the given values, newest first, as a JSON array."""
-        # Alone: with a long list in one message, a short one would wait for it.
-        read = Read((user_id, completed), asyncio.get_running_loop().create_future())
-        await self._send_together(LIST_TASKS, [read])
-        tasks: str = await read.value
+        which = user_id, *completed
+        row = await self._fetch(LIST_TASKS, user_id, completed, alone=which not in self.short_lists)
+        tasks: str = row[0]
+        if len(tasks) > SHORT_LIST:
+            self.short_lists.discard(which)
+        else:
+            if len(self.short_lists) >= KNOWN_LISTS:
+                self.short_lists.clear()
+            self.short_lists.add(which)
         return tasks
 
     async def get_task(self, user_id: str, task_id: int) -> str | None:
         """Return a task, or None where the caller has none with this id."""
-        task: str | None = await self._read(GET_TASK, user_id, task_id)
+        task: str | None = (await self._fetch(GET_TASK, user_id, task_id))[0]
         return task
 
     async def create_task(
@@ -146,7 +155,9 @@ class Queries:
 
         The key has the hash of the request behind it; None is returned where it came with another one before.
         """
-        row = await self._send(CREATE_TASK, user_id, title, description, completed, idempotency_key)
+        values = title, description, completed, idempotency_key
+        # With a key it may have to wait for another one, or give no row.
+        row = await (self._send if idempotency_key else self._fetch)(CREATE_TASK, user_id, *values)
         return (row[0], row[1]) if row else None
 
     # The changes apply only to the versions that they are given, if any are; they tell not whether there is another.
@@ -198,44 +209,55 @@ class Queries:
             row: asyncpg.Record | None = await connection.fetchrow(statement, user_id, *parameters)
             return row
 
-    async def _read(self, statement: str, user_id: str, *parameters: object) -> Any:
-        """Return the one value of a statement that changes nothing.
+    async def _fetch(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> asyncpg.Record:
+        """Return the one row of a statement that waits for nobody's lock.
 
-        The reads of one turn of the event loop share a message to the database, which then executes the statement for
-        each caller in turn. Under load this halves the CPU that a read takes here, and quarters that of the database.
-        It is for statements that take each caller equally long.
+        Those that come in one turn of the event loop share a message to the database, which executes the statement for
+        each caller in turn, in one transaction. Under load this halves the CPU that one takes here, and quarters that
+        of the database.
         """
         loop = asyncio.get_running_loop()
-        if not self.reads:
-            loop.call_soon(self._send_reads)
-        value = loop.create_future()
-        self.reads.setdefault(statement, []).append(Read((user_id, *parameters), value))
-        return await value
+        call = Call((user_id, *parameters), loop.create_future())
+        if alone:
+            self._start(statement, [call])
+        else:
+            if not self.calls:
+                loop.call_soon(self._send_calls)
+            self.calls.setdefault(statement, []).append(call)
+        return await call.row
 
-    def _send_reads(self) -> None:
-        reads, self.reads = self.reads, {}
-        for statement, waiting in reads.items():
-            for start in range(0, len(waiting), READS_TOGETHER):
-                task = asyncio.create_task(self._send_together(statement, waiting[start : start + READS_TOGETHER]))
-                self.sending.add(task)  # or it could be collected as garbage
-                task.add_done_callback(self.sending.discard)
+    def _send_calls(self) -> None:
+        waiting, self.calls = self.calls, {}
+        for statement, calls in waiting.items():
+            for start in range(0, len(calls), TOGETHER):
+                self._start(statement, calls[start : start + TOGETHER])
 
-    async def _send_together(self, statement: str, reads: list[Read], *, again: bool = False) -> None:
-        """Send a statement for each of some callers; where their connection is dead, or one spoils it, each alone."""
+    def _start(self, statement: str, calls: list[Call], *, again: bool = False) -> None:
+        task = asyncio.create_task(self._send_together(statement, calls, again))
+        self.sending.add(task)  # or it could be collected as garbage
+        task.add_done_callback(self.sending.discard)
+
+    async def _send_together(self, statement: str, calls: list[Call], again: bool) -> None:
+        """Send a statement for each of some callers; where one spoils it, or a read was lost, again for each alone."""
         try:
             async with self._connection() as connection:
-                rows = await connection.fetchmany(statement, [read.parameters for read in reads])
+                rows = await connection.fetchmany(statement, [call.parameters for call in calls])
+            answers = list(zip(calls, rows, strict=True))
         except Exception as error:
-            if not again and isinstance(error, (*CONNECTION_LOST, asyncpg.DataError)):
-                await asyncio.gather(*(self._send_together(statement, [read], again=True) for read in reads))
+            # Of a write that was lost with its connection nobody knows how far it came.
+            lost = isinstance(error, CONNECTION_LOST)
+            spoiled = len(calls) > 1 and isinstance(error, asyncpg.PostgresError)
+            if not again and (statement in READS if lost else spoiled):
+                for call in calls:
+                    self._start(statement, [call], again=True)
                 return
-            for read in reads:
-                if not read.value.done():
-                    read.value.set_exception(error)
+            for call in calls:
+                if not call.row.done():
+                    call.row.set_exception(error)
         else:
-            for read, row in zip(reads, rows, strict=True):
-                if not read.value.done():  # nobody waits any longer for one that was cancelled
-                    read.value.set_result(row[0])
+            for call, row in answers:
+                if not call.row.done():  # nobody waits any longer for one that was cancelled
+                    call.row.set_result(row)
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Any]:

@@ -1,5 +1,5 @@
 -- A JSON array of the caller's tasks, newest first. $2: which values of `completed` to list.
-SELECT coalesce(json_agg(item), '[]')
+SELECT format('[%s]', string_agg(item, ', '))
 FROM (
     SELECT {task} AS item
     FROM task

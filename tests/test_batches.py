@@ -1,4 +1,4 @@
-"""Reads of the same moment share a message to the database, and nothing else."""
+"""What comes in the same moment shares a message to the database, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import asyncpg
 import pytest
@@ -85,22 +85,48 @@ def test_reads_of_one_moment_take_one_connection_and_later_ones_another(filled_u
     asyncio.run(check())
 
 
-def test_a_list_shares_its_message_with_nobody(filled_url: str) -> None:
-    """With a long one in it, the others would wait."""
-    sent: list[int] = []
+class Spy(Connection):
+    """A connection that notes how many calls shared a message."""
 
-    class Spy(Connection):
-        async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
-            sent.append(len(args))
-            return await super().fetchmany(query, args, **options)
+    sent: ClassVar[list[int]] = []
+
+    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+        self.sent.append(len(args))
+        return await super().fetchmany(query, args, **options)
+
+
+def test_a_list_shares_its_message_once_it_is_known_to_be_short(filled_url: str) -> None:
+    """With a long one in it, the others would wait."""
 
     async def check() -> None:
-        async with pool_and_queries(filled_url, connection_class=Spy) as (_, queries):
-            await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:30]))
-            assert sent == [1] * 30
-            sent.clear()
-            await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:40]))
-            assert sent == [32, 8]
+        async with pool_and_queries(filled_url, connection_class=Spy) as (pool, queries):
+            titles = ["x" * 200] * 100
+            await pool.execute("INSERT INTO task (user_id, title) SELECT 'long', unnest($1::text[])", titles)
+            users = [*USERS[:29], "long"]
+            for expected in ([1] * 30, [29, 1], [29, 1]):
+                Spy.sent.clear()
+                lists = await asyncio.gather(*(queries.list_tasks(user_id, [False]) for user_id in users))
+                assert sorted(Spy.sent, reverse=True) == expected
+                assert [len(json.loads(text)) for text in lists] == [1 + n % 3 - (n % 3 > 0) for n in range(29)] + [100]
+            await pool.execute("INSERT INTO task (user_id, title) SELECT 'user-0', unnest($1::text[])", titles)
+            for expected in ([29, 1], [28, 1, 1]):  # one that has become long holds the others up once
+                Spy.sent.clear()
+                await asyncio.gather(*(queries.list_tasks(user_id, [False]) for user_id in users))
+                assert sorted(Spy.sent, reverse=True) == expected
+            await pool.execute("DELETE FROM task WHERE title LIKE 'xx%'")
+
+    asyncio.run(check())
+
+
+def test_what_is_remembered_of_lists_is_bounded(filled_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "KNOWN_LISTS", 10)
+
+    async def check() -> None:
+        async with pool_and_queries(filled_url) as (_, queries):
+            for user_id in USERS[:35]:
+                await queries.list_tasks(user_id, [True])
+                assert (user_id, True) in queries.short_lists
+                assert len(queries.short_lists) <= 10
 
     asyncio.run(check())
 
@@ -149,5 +175,72 @@ def test_who_no_longer_waits_for_a_read_disturbs_nobody(filled_url: str) -> None
                 read.cancel()
             answers = await asyncio.gather(*reads, return_exceptions=True)
             assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [True, False, False] * 3
+
+    asyncio.run(check())
+
+
+# --- Creations
+
+
+@pytest.fixture
+def empty_url(new_database: Callable[[], str]) -> str:
+    return new_database()
+
+
+def test_what_a_thousand_users_create_at_once_is_what_each_has(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
+            Spy.sent.clear()
+            made = await asyncio.gather(
+                *(queries.create_task(user_id, f"of {user_id}", None, False, None) for user_id in USERS)
+            )
+            assert max(Spy.sent) == 32
+            for user_id, created in zip(USERS, made, strict=True):
+                assert created
+                task, task_id = created
+                assert (json.loads(task)["id"], json.loads(task)["user_id"]) == (task_id, user_id)
+                assert await queries.get_task(user_id, task_id) == task
+            rows = await pool.fetch("SELECT user_id, title FROM task")
+            assert sorted(map(tuple, rows)) == sorted((user_id, f"of {user_id}") for user_id in USERS)
+
+    asyncio.run(check())
+
+
+def test_a_creation_that_fails_fails_alone(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url) as (pool, queries):
+            titles = {"of NUL": "NUL\0", "too long": "x" * 201, "blank": " ", "a surrogate": "\ud800"}
+            users = [*USERS[:20], *titles, *USERS[20:25]]
+            made = await asyncio.gather(
+                *(queries.create_task(user_id, titles.get(user_id, "x"), None, False, None) for user_id in users),
+                return_exceptions=True,
+            )
+            failed = {user_id for user_id, answer in zip(users, made, strict=True) if isinstance(answer, Exception)}
+            assert failed == set(titles)
+            rows = await pool.fetch("SELECT user_id FROM task")
+            assert sorted(row[0] for row in rows) == sorted(USERS[:25])
+
+    asyncio.run(check())
+
+
+def test_creations_that_are_lost_with_their_connection_are_not_sent_again(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url) as (_, queries):
+            admin = await asyncpg.connect(empty_url)
+            lock = admin.transaction()
+            await lock.start()
+            await admin.execute("LOCK TABLE task IN SHARE MODE")
+            creations = [
+                asyncio.create_task(queries.create_task(user_id, "x", None, False, None)) for user_id in USERS[:20]
+            ]
+            ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while not await admin.fetch(ended):
+                await asyncio.sleep(0.02)
+            async with asyncio.timeout(5):  # what is sent again waits for the lock again
+                answers = await asyncio.gather(*creations, return_exceptions=True)
+            await lock.rollback()
+            assert all(isinstance(answer, sql.CONNECTION_LOST) for answer in answers)
+            assert await admin.fetchval("SELECT count(*) FROM task") == 0
+            await admin.close()
 
     asyncio.run(check())
