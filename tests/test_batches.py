@@ -236,9 +236,11 @@ def test_creations_that_are_lost_with_their_connection_are_not_sent_again(empty_
             ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             while not await admin.fetch(ended):
                 await asyncio.sleep(0.02)
-            async with asyncio.timeout(5):  # what is sent again waits for the lock again
-                answers = await asyncio.gather(*creations, return_exceptions=True)
-            await lock.rollback()
+            try:
+                async with asyncio.timeout(5):  # what is sent again waits for the lock again
+                    answers = await asyncio.gather(*creations, return_exceptions=True)
+            finally:
+                await lock.rollback()
             assert all(isinstance(answer, sql.CONNECTION_LOST) for answer in answers)
             assert await admin.fetchval("SELECT count(*) FROM task") == 0
             await admin.close()
