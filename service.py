@@ -76,8 +76,8 @@ class Settings:
     """The arguments of `asyncpg.create_pool` that say how to reach the database."""
     ignored: list[str]
     """What stood in the query of DATABASE_URL and asyncpg does not know."""
-    secret: bytes = field(repr=False)
-    """What HS256 tokens are signed with; empty where none are accepted."""
+    secrets: list[bytes] = field(repr=False)
+    """What HS256 tokens may be signed with, first the one for new tokens; empty where none are accepted."""
     better_auth: str | None
     """The origin of the Better Auth server, which is the `iss` and the `aud` of its tokens."""
     jwks_url: str | None
@@ -117,14 +117,14 @@ def read_settings(given: Mapping[str, str]) -> Settings:
             "DATABASE_URL is not set: give it the postgresql:// URL of your database, or run `uv run service.py` to"
             " have an embedded one."
         )
+    if "BETTER_AUTH_SECRET_OLD" in given and "BETTER_AUTH_SECRET" not in given:
+        raise SettingError("BETTER_AUTH_SECRET is not set: BETTER_AUTH_SECRET_OLD needs its successor beside it.")
     if not {"BETTER_AUTH_URL", "JWKS_URL", "BETTER_AUTH_SECRET"} & given.keys():
         raise SettingError(
             "BETTER_AUTH_URL is not set: give it the public URL of your Better Auth server, or set BETTER_AUTH_SECRET"
             " where that signs its tokens with HS256."
         )
-    secret = given.get("BETTER_AUTH_SECRET", "")
-    if 0 < len(secret) < SECRET_LENGTH:
-        raise SettingError(f"BETTER_AUTH_SECRET is too short: it needs at least {SECRET_LENGTH} characters.")
+    secret_names = [name for name in ("BETTER_AUTH_SECRET", "BETTER_AUTH_SECRET_OLD") if name in given]
     origins = {name: http_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
     better_auth = origins.get("BETTER_AUTH_URL")
     database, ignored = read_database_url(given["DATABASE_URL"])
@@ -132,7 +132,7 @@ def read_settings(given: Mapping[str, str]) -> Settings:
     return Settings(
         database=database,
         ignored=ignored,
-        secret=secret.encode("utf-8", "surrogateescape"),
+        secrets=[read_secret(name, given[name]) for name in secret_names],
         better_auth=better_auth,
         jwks_url=given.get("JWKS_URL", f"{better_auth}/api/auth/jwks" if better_auth else "").strip() or None,
         audience=given.get("JWT_AUDIENCE"),
@@ -149,6 +149,12 @@ def whole_number(given: Mapping[str, str], name: str, *, default: int, least: in
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise SettingError(f"{name} must be a whole number from {least} to {most}.")
     return int(text)
+
+
+def read_secret(name: str, text: str) -> bytes:
+    if len(text) < SECRET_LENGTH:
+        raise SettingError(f"{name} is too short: it needs at least {SECRET_LENGTH} characters.")
+    return text.encode("utf-8", "surrogateescape")
 
 
 def read_origin(text: str) -> str:
@@ -555,28 +561,31 @@ class Identity:
         settings = self.settings
         audience, issuer = settings.audience, settings.issuer
         header = jwt.get_unverified_header(token)
-        key: Any
+        keys: list[Any] = settings.secrets
+        algorithms = ["HS256"]
         if header.get("alg") in PUBLIC_KEY_ALGORITHMS and settings.jwks_url:
             key, algorithms = await self.public_key(header.get("kid"))
+            keys = [key]
             audience, issuer = audience or settings.better_auth, issuer or settings.better_auth
-        elif settings.secret:
-            key, algorithms = settings.secret, ["HS256"]
+        for key in keys:
+            with contextlib.suppress(jwt.InvalidSignatureError):
+                claims = jwt.decode(
+                    token,
+                    key,
+                    algorithms=algorithms,
+                    audience=audience,
+                    issuer=issuer,
+                    leeway=LEEWAY,
+                    options={
+                        "require": ["exp", "sub"],
+                        "verify_aud": audience is not None,
+                        "enforce_minimum_key_length": True,  # RFC 7518, sections 3.2 and 3.3
+                        "verify_exp": False,  # PyJWT reads "123" and true as numbers; see below
+                    },
+                )
+                break
         else:
-            raise jwt.InvalidAlgorithmError
-        claims = jwt.decode(
-            token,
-            key,
-            algorithms=algorithms,
-            audience=audience,
-            issuer=issuer,
-            leeway=LEEWAY,
-            options={
-                "require": ["exp", "sub"],
-                "verify_aud": audience is not None,
-                "enforce_minimum_key_length": True,  # RFC 7518, sections 3.2 and 3.3
-                "verify_exp": False,  # PyJWT reads "123" and true as numbers; see below
-            },
-        )
+            raise jwt.InvalidSignatureError
         user_id, expires, meant_for = claims["sub"], claims["exp"], claims.get("aud")
         if type(expires) not in (int, float) or not -math.inf < expires < math.inf or not storable_user_id(user_id):
             raise jwt.InvalidTokenError
@@ -1229,11 +1238,11 @@ def make_token(settings: Settings, user_id: str) -> str:
     """Return an HS256 token for a user, valid for a day."""
     if not storable_user_id(user_id):
         raise SettingError("A user id must have 1 to 255 characters, none of them NUL.")
-    if not settings.secret:
+    if not settings.secrets:
         raise SettingError("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
     now = int(time.time())
     claims = {"sub": user_id, "iat": now, "exp": now + 86_400, "aud": settings.audience, "iss": settings.issuer}
-    return jwt.encode({name: value for name, value in claims.items() if value is not None}, settings.secret)
+    return jwt.encode({name: value for name, value in claims.items() if value is not None}, settings.secrets[0])
 
 
 def greet(settings: Settings, token: str) -> None:

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from tests.postgres import free_port
-from tests.service_process import ROOT, Client, environment
+from tests.service_process import ROOT, SECRET, Client, environment, token
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and file modes are those of POSIX")
 
@@ -409,7 +409,10 @@ def test_a_bad_setting_is_told_and_nothing_is_left_running(project: Kept) -> Non
     assert_nothing_runs(project)
 
 
-NAMES = ["DATABASE_URL", "BETTER_AUTH_SECRET", "HOST", "JWT_AUDIENCE", "JWT_ISSUER", "CORS_ORIGINS"]
+NAMES = [
+    "DATABASE_URL", "BETTER_AUTH_SECRET", "BETTER_AUTH_SECRET_OLD", "HOST",
+    "JWT_AUDIENCE", "JWT_ISSUER", "CORS_ORIGINS",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", ["", " "])
@@ -436,6 +439,13 @@ def test_a_secret_of_ones_own_is_used(project: Kept) -> None:
         headers = project.authorization("alice", BETTER_AUTH_SECRET=secret)
         assert client.get("/api/tasks", headers=headers).json() == {"items": [project.task]}
         assert client.get("/api/tasks", headers=project.alice).status_code == 401
+
+
+def test_an_old_secret_of_ones_own_is_good_beside_the_random_one(project: Kept) -> None:
+    with project.serving(BETTER_AUTH_SECRET_OLD=SECRET) as client:
+        headers = {"Authorization": f"Bearer {token('alice')}"}
+        assert client.get("/api/tasks", headers=headers).json() == {"items": [project.task]}
+        project.assert_unharmed(client)
 
 
 # --- Wherever it lies, whoever runs it, whatever is missing ----------------------------------------------------------

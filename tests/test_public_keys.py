@@ -27,7 +27,18 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tests.postgres import free_port
 from tests.service_process import ROOT, SECRET, Client, Service, environment, token
 from tests.test_settings import PYTHON, URL, run
-from tests.test_tokens import BEYOND_LEEWAY, WITHIN_LEEWAY, ask, assert_refused, caller, claims, encode, new_user, sign
+from tests.test_tokens import (
+    BEYOND_LEEWAY,
+    OLD_SECRET,
+    WITHIN_LEEWAY,
+    ask,
+    assert_refused,
+    caller,
+    claims,
+    encode,
+    new_user,
+    sign,
+)
 
 NO_KEYS = {"detail": "The keys to verify tokens with are not available right now, try again soon"}
 SESSION_CACHE = "better-auth:session-cache"
@@ -285,6 +296,11 @@ def http(database: str, issuer: Issuer) -> Iterator[dict[str, Client]]:
     settings = {
         "keys": {"BETTER_AUTH_URL": url},
         "keys and secret": {"BETTER_AUTH_URL": url, "BETTER_AUTH_SECRET": SECRET},
+        "keys and two secrets": {
+            "BETTER_AUTH_URL": url,
+            "BETTER_AUTH_SECRET": SECRET,
+            "BETTER_AUTH_SECRET_OLD": OLD_SECRET,
+        },
         "keys elsewhere": {"BETTER_AUTH_URL": f"{AUTH_ORIGIN}/some/path/", "JWKS_URL": issuer.url + ELSEWHERE},
         "only JWKS_URL": {"JWKS_URL": issuer.url + ELSEWHERE},
         "audience": {"BETTER_AUTH_URL": url, "BETTER_AUTH_SECRET": SECRET, "JWT_AUDIENCE": AUDIENCE},
@@ -405,6 +421,15 @@ def test_a_token_by_the_secret_is_refused_where_there_are_only_keys(http: dict[s
 def test_the_id_of_a_public_key_leads_a_token_by_the_secret_nowhere(http: dict[str, Client]) -> None:
     user = new_user()
     assert caller(http["keys and secret"], sign(claims(user), {"alg": "HS256", "kid": KEY.kid})) == user
+
+
+@pytest.mark.parametrize("secret", [SECRET, OLD_SECRET], ids=["new", "old"])
+def test_neither_secret_stands_in_for_a_public_key(http: dict[str, Client], issuer: Issuer, secret: str) -> None:
+    user, key = new_user(), secret.encode()
+    assert caller(http["keys and two secrets"], sign(claims(user), key=key)) == user
+    for algorithm in KEYS:
+        header = {"alg": algorithm, "kid": KEYS[algorithm].kid}
+        assert_refused(ask(http["keys and two secrets"], sign(issuer.claims(user), header, key=key)))
 
 
 @pytest.mark.parametrize("algorithm", KEYS)

@@ -48,6 +48,11 @@ BAD_SECRETS = {
     "blank": ("BETTER_AUTH_SECRET", "  ", ["BETTER_AUTH_SECRET", "not set"]),
     "31 characters": ("BETTER_AUTH_SECRET", "hunterswordfish" + "x" * 16, ["BETTER_AUTH_SECRET", "32"]),
     "31 characters of 2 bytes": ("BETTER_AUTH_SECRET", "é" * 31, ["BETTER_AUTH_SECRET", "32"]),
+    "31 characters for the old one": (
+        "BETTER_AUTH_SECRET_OLD",
+        "hunterswordfish" + "x" * 16,
+        ["BETTER_AUTH_SECRET_OLD is too short", "32"],
+    ),
 }
 BAD_URLS = {
     "another database": (URL.replace("postgresql", "mysql"), ["postgresql://"]),
@@ -104,6 +109,14 @@ def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=20, check=False
     )
+
+
+@pytest.mark.parametrize("beside", [{}, {"BETTER_AUTH_URL": "https://app.example.com"}], ids=["alone", "with keys"])
+def test_an_old_secret_without_a_new_one_stops_the_service(beside: dict[str, str]) -> None:
+    stopped = run(PYTHON, BETTER_AUTH_SECRET="", BETTER_AUTH_SECRET_OLD=SECRET, **beside)
+    assert (stopped.returncode, stopped.stdout) == (3, "")
+    sentence = "BETTER_AUTH_SECRET is not set: BETTER_AUTH_SECRET_OLD needs its successor beside it."
+    assert stopped.stderr == f"error: {sentence}\n"
 
 
 def assert_nothing_leaked(output: str) -> None:
@@ -614,7 +627,9 @@ def test_origins_are_compared_as_browsers_send_them(database_url: str, start_ser
 
 
 def test_an_empty_variable_counts_as_unset(database_url: str, start_service: StartService) -> None:
-    names = ["CORS_ORIGINS", "JWT_AUDIENCE", "JWT_ISSUER", "DATABASE_POOL_SIZE", "WEB_CONCURRENCY"]
+    names = [
+        "BETTER_AUTH_SECRET_OLD", "CORS_ORIGINS", "JWT_AUDIENCE", "JWT_ISSUER", "DATABASE_POOL_SIZE", "WEB_CONCURRENCY",
+    ]  # fmt: skip
     service = start_service(database_url, **dict.fromkeys(names, ""))
     assert_works(service)
     assert allowed_origin(service, "http://localhost:3000") == "http://localhost:3000"

@@ -7,6 +7,7 @@ import hmac
 import json
 import re
 import socket
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from tests.service_process import SECRET, Client, Service, token
+from tests.service_process import ROOT, SECRET, Client, Service, environment, token
 
 # The leeway is called small: what is this far off is within it, or is not, whatever small is taken to mean.
 WITHIN_LEEWAY = 10
@@ -27,6 +28,7 @@ LEEWAY = 30
 """Seconds: for the tests that have to see it end."""
 
 STRICT_SECRET = "Schlüssel, 密码, 🔑 and a few letters more"
+OLD_SECRET = "Schlüssel, 密码, 🔑 of the months before that"
 AUDIENCE = "https://app.example.com"
 ISSUER = "https://auth.example.com"
 
@@ -45,10 +47,10 @@ def http(service: Service) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def strict_http(new_database: Callable[[], str]) -> Iterator[Client]:
-    """A client of a service with an audience, an issuer and a secret beyond ASCII, in the poorest of locales."""
+    """A client of a service with an audience, an issuer and secrets beyond ASCII, in the poorest of locales."""
     service = Service(
-        new_database(), wait=False, LC_ALL="C",
-        BETTER_AUTH_SECRET=STRICT_SECRET, JWT_AUDIENCE=AUDIENCE, JWT_ISSUER=ISSUER,
+        new_database(), wait=False, LC_ALL="C", BETTER_AUTH_SECRET=STRICT_SECRET, BETTER_AUTH_SECRET_OLD=OLD_SECRET,
+        JWT_AUDIENCE=AUDIENCE, JWT_ISSUER=ISSUER,
     )  # fmt: skip
     try:
         service.wait_until_ready()
@@ -212,7 +214,10 @@ def test_the_signature_of_one_token_does_not_fit_another(http: Client) -> None:
     assert_refused(ask(http, ".".join([*theirs[:2], mine[2]])))
 
 
-@pytest.mark.parametrize("key", [b"", b"\0" * 32, b"another secret, of 32 characters or more", SECRET.encode()[:-1]])
+@pytest.mark.parametrize(
+    "key",
+    [b"", b"\0" * 32, b"another secret, of 32 characters or more", SECRET.encode()[:-1], OLD_SECRET.encode()],
+)
 def test_a_token_by_another_secret_is_refused(http: Client, key: bytes) -> None:
     assert_refused(ask(http, sign(claims(new_user()), key=key)))
 
@@ -623,9 +628,9 @@ def test_where_none_is_configured_any_audience_and_issuer_is_fine(http: Client, 
     assert caller(http, sign(claims(user, **{claim: value}))) == user
 
 
-def sign_strictly(user_id: str, **changes: Any) -> str:
+def sign_strictly(user_id: str, *, secret: str = STRICT_SECRET, **changes: Any) -> str:
     right = {"aud": AUDIENCE, "iss": ISSUER}
-    return sign(claims(user_id, **(right | changes)), key=STRICT_SECRET.encode())
+    return sign(claims(user_id, **(right | changes)), key=secret.encode())
 
 
 @pytest.mark.parametrize("audience", [AUDIENCE, [AUDIENCE], ["x", AUDIENCE]])
@@ -638,7 +643,7 @@ def test_a_token_for_the_configured_audience_is_accepted(strict_http: Client, au
 def test_a_token_for_another_audience_or_by_another_issuer_is_refused(strict_http: Client, claim: str) -> None:
     right = AUDIENCE if claim == "aud" else ISSUER
     other = ISSUER if claim == "aud" else AUDIENCE
-    wrong = [
+    wrong: list[Any] = [
         other,
         f"{right}/",
         right[:-1],
@@ -679,3 +684,48 @@ def test_the_secret_is_used_as_its_utf_8_text(strict_http: Client) -> None:
     for key in (secret.encode("utf-16-le"), secret.encode("ascii", "ignore"), secret.encode("ascii", "replace")):
         assert_refused(ask(strict_http, sign(payload, key=key)))
     assert_refused(ask(strict_http, sign(payload)))
+
+
+# --- While the secret is rotated -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secret", [STRICT_SECRET, OLD_SECRET], ids=["new", "old"])
+def test_a_token_by_the_new_or_the_old_secret_is_accepted(strict_http: Client, secret: str) -> None:
+    user = new_user()
+    for _ in range(2):  # the second one may come from the cache
+        assert caller(strict_http, sign_strictly(user, secret=secret)) == user
+
+
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        ({"exp": 1}, "Token has expired"),
+        ({"exp": None}, "Invalid token"),
+        ({"sub": ""}, "Invalid token"),
+        ({"aud": ISSUER}, "Invalid token"),
+        ({"iss": AUDIENCE}, "Invalid token"),
+        ({"nbf": 4_000_000_000}, "Invalid token"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("secret", [STRICT_SECRET, OLD_SECRET], ids=["new", "old"])
+def test_a_token_by_the_old_secret_is_refused_in_the_same_words(
+    strict_http: Client, secret: str, changes: dict[str, Any], detail: str
+) -> None:
+    assert_refused(ask(strict_http, sign_strictly(new_user(), secret=secret, **changes)), detail)
+
+
+@pytest.mark.parametrize(("algorithm", "digest"), [("HS384", "sha384"), ("HS512", "sha512"), ("EdDSA", "sha256")])
+def test_the_old_secret_is_good_for_no_other_algorithm(strict_http: Client, algorithm: str, digest: str) -> None:
+    payload = claims(new_user(), aud=AUDIENCE, iss=ISSUER)
+    assert_refused(ask(strict_http, sign(payload, {"alg": algorithm}, key=OLD_SECRET.encode(), by=digest)))
+
+
+def test_new_tokens_are_signed_with_the_new_secret() -> None:
+    settings = environment(
+        DATABASE_URL="postgresql://nowhere.example", BETTER_AUTH_SECRET=STRICT_SECRET, BETTER_AUTH_SECRET_OLD=OLD_SECRET
+    )
+    printed = subprocess.run(
+        ["python", "service.py", "token", "alice"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert jwt.decode(printed, STRICT_SECRET, algorithms=["HS256"])["sub"] == "alice"
