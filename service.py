@@ -27,6 +27,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -1186,9 +1187,11 @@ def main() -> None:
             settings = read_settings(given if "DATABASE_URL" in given else with_embedded(given, "postgresql://"))
             print(make_token(settings, arguments.user_id))
         elif "DATABASE_URL" in given:
-            serve(read_settings(given))
+            settings = read_settings(given)
+            check_address(settings)
+            serve(settings)
         else:
-            with embedded_postgres() as url:
+            with embedded_postgres(given) as url:
                 os.environ |= with_embedded(given, url)
                 settings = read_settings(given_in(os.environ))
                 greet(settings, make_token(settings, "demo"))
@@ -1197,6 +1200,17 @@ def main() -> None:
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def check_address(settings: Settings) -> None:
+    """Raise SettingError if nothing can listen on HOST and PORT; uvicorn finds out only when all else has started."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+            probe.bind((settings.host, settings.port))
+    except OSError as error:
+        place = f"{settings.host}, port {settings.port}"
+        raise SettingError(f"The service cannot listen on {place}: {error.strerror}.") from None
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -1267,8 +1281,11 @@ def with_embedded(given: Mapping[str, str], url: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def embedded_postgres() -> Iterator[str]:
-    """Run PostgreSQL with its data in `.postgres/` and yield its URL. Only one process at a time may."""
+def embedded_postgres(given: Mapping[str, str]) -> Iterator[str]:
+    """Run PostgreSQL with its data in `.postgres/` and yield its URL. Only one process at a time may.
+
+    Raise SettingError for what else is given, before PostgreSQL is touched.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # about XDG_RUNTIME_DIR, which is not needed here
             import fasteners
@@ -1284,6 +1301,7 @@ def embedded_postgres() -> Iterator[str]:
     lock = fasteners.InterProcessLock(EMBEDDED / "lock")
     if not lock.acquire(blocking=False):
         fail(f"Another copy of the service is running with the database in {EMBEDDED}: stop that one first.")
+    check_address(read_settings(with_embedded(given, "postgresql://")))
 
     data, unfinished, log_file = EMBEDDED / "data", EMBEDDED / "unfinished", EMBEDDED / "log"
     if not data.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
 import re
@@ -391,21 +392,39 @@ def write_pid_file(project: Project, content: str) -> None:
         shutil.chown(file, data.owner(), data.group())
 
 
-def test_a_busy_port_is_told_and_nothing_is_left_running(project: Kept) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_busy_port_is_told_before_a_database_is_made(workers: str, new_project: Callable[..., Project]) -> None:
+    project = new_project()
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        project.start(PORT=str(port))
+        stopped = project.run(PORT=str(port), WEB_CONCURRENCY=workers)
+    assert (stopped.returncode, stopped.stdout) == (3, "")
+    why = os.strerror(errno.EADDRINUSE)
+    assert stopped.stderr == f"error: The service cannot listen on 127.0.0.1, port {port}: {why}.\n"
+    assert not (project.folder / ".postgres" / "data").exists()
+
+
+def test_a_bad_setting_is_told_before_a_database_is_made(new_project: Callable[..., Project]) -> None:
+    project = new_project()
+    stopped = project.run(PORT="abc")
+    assert (stopped.returncode, stopped.stdout) == (3, "")
+    assert stopped.stderr == "error: PORT must be a whole number from 1 to 65535.\n"
+    assert not (project.folder / ".postgres" / "data").exists()
+
+
+def test_a_busy_port_leaves_a_database_alone_that_a_killed_service_has_left(project: Kept) -> None:
+    with project.serving():
         assert project.process
-        assert project.process.wait(30) != 0
-    printed = project.output.read_text() + project.errors.read_text()
-    assert "address already in use" in printed
-    assert str(port) in printed
-    assert "Traceback" not in printed
-    assert_nothing_runs(project)
-
-
-def test_a_bad_setting_is_told_and_nothing_is_left_running(project: Kept) -> None:
-    assert_refused(project.run(PORT="abc"), "PORT", "whole number")
+        project.process.kill()
+        project.process.wait()
+    left = {process.pid for process in project.postgres()}
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert_refused(project.run(PORT=str(other.getsockname()[1])), "cannot listen")
+    assert left
+    assert {process.pid for process in project.postgres()} >= left
+    with project.serving() as client:
+        project.assert_unharmed(client)
+    project.stop()
     assert_nothing_runs(project)
 
 
