@@ -12,6 +12,11 @@ what one request does, start at ENDPOINTS, read its handler, and the one file in
 
 from __future__ import annotations
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C during the imports would print where they were
+
 import argparse
 import asyncio
 import base64
@@ -26,7 +31,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -1171,13 +1175,16 @@ def fail(message: str) -> NoReturn:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser("token", help="print a token for a user").add_argument("user_id")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="command")
+    commands.add_parser("serve", help="serve, which is also what it does without a command")
+    token_command = commands.add_parser("token", help="print a token to call the service with")
+    token_command.add_argument("user_id", help="the user whose token it is")
     commands.add_parser("migrate", help="create or adopt the table and exit")
     arguments = parser.parse_args()
-    # After its own shutdown uvicorn raises SIGTERM again; as an exception it lets the embedded database be stopped too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # After its own shutdown uvicorn raises the signal again; as an exception it lets the embedded database be stopped.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
     try:
         given = given_in(os.environ)
@@ -1198,8 +1205,6 @@ def main() -> None:
                 serve(settings)
     except SettingError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def check_address(settings: Settings) -> None:

@@ -257,13 +257,6 @@ def test_a_second_copy_says_that_there_is_a_first_one(running: Project, client: 
     assert client.get("/health/ready").status_code == 200
 
 
-def test_help_needs_no_settings(running: Project) -> None:
-    helped = running.run("--help")
-    assert helped.returncode == 0
-    assert helped.stderr == ""
-    assert all(word in helped.stdout for word in ("token", "migrate", "usage: "))
-
-
 # --- Stopped, killed, and started again ------------------------------------------------------------------------------
 
 
