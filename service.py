@@ -1175,7 +1175,7 @@ def fail(message: str) -> NoReturn:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="A task API. All settings are environment variables: see README.md.")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="command")
     commands.add_parser("serve", help="serve, which is also what it does without a command")
     token_command = commands.add_parser("token", help="print a token to call the service with")

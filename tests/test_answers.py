@@ -176,6 +176,21 @@ def test_writes_and_errors_are_not_stored(send: Callable[..., httpx.Response], n
     assert send(name).headers.get_list("cache-control") == ["no-store"]
 
 
+SOURCES = {"'none'", "'self'", "data:"}
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_a_page_may_load_nothing_from_elsewhere(nobody: Client, path: str) -> None:
+    policy = nobody.get(path).headers["content-security-policy"]
+    directives = {name: set(sources) for name, *sources in (part.split() for part in policy.split(";"))}
+    inline = {source for source in directives["script-src"] if re.fullmatch("'sha256-[A-Za-z0-9+/]{43}='", source)}
+    assert directives["script-src"] == {"'self'"} | inline
+    assert directives["style-src"] == {"'self'", "'unsafe-inline'"}
+    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert directives[name] == {"'none'"}
+    assert all(sources <= SOURCES for name, sources in directives.items() if name not in ("script-src", "style-src"))
+
+
 # --- CORS ------------------------------------------------------------------------------------------------------------
 
 EXPOSED = {"etag", "location", "retry-after", "x-request-id"}

@@ -29,7 +29,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-RUN, TEST, TOUR, TYPES, HEROKU, INSTALL = blocks("sh")
+RUN, TEST, TOUR, TYPES, HEROKU, INSTALL, AUDIT = blocks("sh")
 
 
 def table(heading: str) -> list[list[str]]:
@@ -186,6 +186,23 @@ def test_every_message_of_the_troubleshooting_table_is_in_the_program(row: list[
     source = (ROOT / "service.py").read_text()
     others = {"status=503", "status=500", "CORS policy", "prepared statement"}
     assert message in re.sub(r'"\n\s+f?"', "", source) or any(text in row[0] for text in others)
+
+
+def test_every_test_that_is_named_exists() -> None:
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", README)
+    assert len(named) == README.count("::")
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), name
+
+
+def test_each_of_the_ten_points_of_owasp_has_a_test_or_does_not_apply() -> None:
+    rows = table("Security")
+    assert [row[0].split()[0] for row in rows] == [f"API{number}" for number in range(1, 11)]
+    assert all(("::test_" in shown) != means.startswith("does not apply: ") for _, means, shown in rows)
+
+
+def test_the_audit_reads_the_requirements_that_are_deployed() -> None:
+    assert re.findall(r"-r (\S+)", AUDIT) == re.findall(r"-r (\S+)", INSTALL)
 
 
 def test_every_link_leads_somewhere() -> None:
