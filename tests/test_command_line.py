@@ -218,7 +218,7 @@ def test_uvicorn_reloads_what_was_edited(
     shutil.copy(ROOT / "service.py", tmp_path)
     shutil.copytree(ROOT / "sql", tmp_path / "sql", ignore=shutil.ignore_patterns("__pycache__"))
     port = str(free_port())
-    command = ["uvicorn", "service:app", "--reload", "--port", port]
+    command = ["uvicorn", "service:app", "--reload", "--no-access-log", "--port", port]
     terminal = open_terminal(*command, cwd=tmp_path, DATABASE_URL=database_url)
 
     def version() -> object:
@@ -228,6 +228,7 @@ def test_uvicorn_reloads_what_was_edited(
         return None
 
     wait_until(version)
+    time.sleep(1)  # until the reloader watches too, which it begins to do after it has started the service
     source = (tmp_path / "service.py").read_text()
     edited = source.replace('VERSION = "', 'VERSION = "edited-')
     assert edited != source
