@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
-from tests.postgres import Postgres, free_port
+from tests.postgres import Postgres, free_port, lay_out_in_partitions
 from tests.service_process import Client, Service, running
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -36,6 +36,10 @@ ARGUMENTS = [
 ]
 
 embedded: Postgres | None = None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--partitions", action="store_true", help="lay out the table of each database in hash partitions")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,8 +90,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def new_database(postgresql_noproc: NoopExecutor) -> Iterator[Callable[[], str]]:
-    """A function that creates an empty database and returns its URL."""
+def new_database(postgresql_noproc: NoopExecutor, pytestconfig: pytest.Config) -> Iterator[Callable[[], str]]:
+    """A function that creates a database, empty but for what --partitions puts there, and returns its URL."""
     server = postgresql_noproc
     janitors = []
 
@@ -100,7 +104,10 @@ def new_database(postgresql_noproc: NoopExecutor) -> Iterator[Callable[[], str]]
         janitor.init()
         janitors.append(janitor)
         user = f"{quote(server.user)}:{quote(server.password)}" if server.password else quote(server.user)
-        return f"postgresql://{user}@{server.host}:{server.port}/{name}"
+        url = f"postgresql://{user}@{server.host}:{server.port}/{name}"
+        if pytestconfig.option.partitions:
+            lay_out_in_partitions(url)
+        return url
 
     yield create
     for janitor in janitors:

