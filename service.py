@@ -1092,10 +1092,41 @@ class State(TypedDict):
     queries: Queries
 
 
+class TracedConnection(Connection):
+    """A connection that gives OpenTelemetry a span for each statement, with its text and without its parameters.
+
+    Statements that share a message share a span, in the trace of the first of them.
+    """
+
+    async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
+        return await self.traced(query, super().fetchrow(query, *args, **options))
+
+    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+        return await self.traced(query, super().fetchmany(query, args, **options))
+
+    async def traced(self, query: str, result: Awaitable[Any]) -> Any:
+        from opentelemetry import trace
+
+        verb, *_ = re.sub("^--.*", "", query, flags=re.MULTILINE).split()
+        attributes = {"db.system": "postgresql", "db.statement": query}
+        span = trace.get_tracer("service").start_span(verb, kind=trace.SpanKind.CLIENT, attributes=attributes)
+        try:
+            return await result
+        except Exception:
+            span.set_status(trace.StatusCode.ERROR)  # and no more: the error may quote the task
+            raise
+        finally:
+            span.end()
+
+
 def create_pool(settings: Settings) -> asyncpg.Pool:
     """Return a pool that opens connections as requests need them, so that a process starts without the database."""
     return asyncpg.create_pool(
-        **settings.database, min_size=0, command_timeout=COMMAND_TIMEOUT, connection_class=Connection
+        **settings.database,
+        min_size=0,
+        command_timeout=COMMAND_TIMEOUT,
+        # opentelemetry-instrument has loaded it before this program; otherwise nothing does.
+        connection_class=TracedConnection if "opentelemetry" in sys.modules else Connection,
     )
 
 

@@ -75,7 +75,9 @@ class Client(httpx.Client):
 class Service:
     """A running service. `log` is what it has printed so far, both streams together."""
 
-    def __init__(self, database_url: str, *, folder: Path = ROOT, wait: bool = True, **variables: str) -> None:
+    def __init__(
+        self, database_url: str, *, folder: Path = ROOT, launcher: str = "", wait: bool = True, **variables: str
+    ) -> None:
         self.database_url = database_url
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -83,7 +85,7 @@ class Service:
         settings = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": str(self.port)}
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                ["sh", "-c", f"exec env {procfile_line('web')}"],
+                ["sh", "-c", f"exec env {procfile_line('web').replace('python', f'{launcher} python')}"],
                 cwd=folder,
                 env=environment(**settings | variables),
                 stdout=output,

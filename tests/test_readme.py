@@ -29,7 +29,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-RUN, TEST, TOUR, TYPES, HEROKU, INSTALL, AUDIT = blocks("sh")
+RUN, TEST, TOUR, TYPES, HEROKU, INSTALL, WATCH, AUDIT = blocks("sh")
 
 
 def table(heading: str) -> list[list[str]]:
@@ -178,6 +178,12 @@ def test_the_log_line_is_a_real_one(alice: Client, service: Service) -> None:
     response = alice.patch(f"/api/tasks/{alice.create()['id']}/complete")
     real = service.log_line(response.headers["x-request-id"])
     assert [pair.split("=")[0] for pair in real.split()] == [pair.split("=")[0] for pair in line.split()]
+
+
+def test_the_packages_to_watch_with_are_those_that_are_tested() -> None:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    [packages] = re.findall("^pip install (.*)$", WATCH, re.MULTILINE)
+    assert packages.split() == [requirement.partition(">=")[0] for requirement in groups["opentelemetry"]]
 
 
 @pytest.mark.parametrize("row", table("When something is wrong"), ids=lambda row: row[0].strip("`"))
