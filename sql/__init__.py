@@ -63,15 +63,19 @@ def read(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def load(name: str) -> str:
+# {status} in list_tasks.sql: which tasks to list. As text and not as a parameter, so that one plan of each is enough.
+STATUSES = {"all": "true", "pending": "NOT completed", "completed": "completed"}
+
+
+def load(name: str, status: str = "all") -> str:
     """Return a statement; raise ValueError unless its text binds it to the caller."""
     statement = read(name)
-    text = " ".join(re.sub(r"^--.*$|'[^'\\]*'|{task}|{version}", " ", statement, flags=re.MULTILINE).split())
+    text = " ".join(re.sub(r"^--.*$|'[^'\\]*'|{task}|{version}|{status}", " ", statement, flags=re.MULTILINE).split())
     text = text.replace(SAME_KEY, "")
     named_once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in NAMED_ONCE)
     if not re.search(BOUND, text) or not named_once or re.search(NEVER, text, re.IGNORECASE):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
-    return fill(statement)
+    return fill(statement).replace("{status}", STATUSES[status])
 
 
 def fill(statement: str) -> str:
@@ -83,13 +87,13 @@ def fill(statement: str) -> str:
 
 
 SCHEMA = read("schema.sql")
-LIST_TASKS = load("list_tasks.sql")
+LIST_TASKS = {status: load("list_tasks.sql", status) for status in STATUSES}
 GET_TASK = load("get_task.sql")
 CREATE_TASK = load("create_task.sql")
 UPDATE_TASK = load("update_task.sql")
 COMPLETE_TASK = load("complete_task.sql")
 DELETE_TASK = load("delete_task.sql")
-READS = (LIST_TASKS, GET_TASK)
+READS = (*LIST_TASKS.values(), GET_TASK)
 
 
 class Connection(asyncpg.Connection):
@@ -120,7 +124,7 @@ class Queries:
         self.pool = pool
         self.schema_applied = False
         self.turns: weakref.WeakValueDictionary[tuple[str, int], asyncio.Lock] = weakref.WeakValueDictionary()
-        self.short_lists: set[tuple[object, ...]] = set()
+        self.short_lists: set[tuple[str, str]] = set()
         self.calls: dict[str, list[Call]] = {}
         self.sending: set[asyncio.Task[None]] = set()
 
@@ -130,10 +134,10 @@ class Queries:
             await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
         self.schema_applied = True
 
-    async def list_tasks(self, user_id: str, completed: list[bool]) -> str:
-        """Return the caller's tasks whose `completed` is among the given values, newest first, as a JSON array."""
-        which = user_id, *completed
-        row = await self._fetch(LIST_TASKS, user_id, completed, alone=which not in self.short_lists)
+    async def list_tasks(self, user_id: str, status: str) -> str:
+        """Return the caller's tasks of one of STATUSES, newest first, as a JSON array."""
+        which = user_id, status
+        row = await self._fetch(LIST_TASKS[status], user_id, alone=which not in self.short_lists)
         tasks: str = row[0]
         if len(tasks) > SHORT_LIST:
             self.short_lists.discard(which)

@@ -119,6 +119,14 @@ BEGIN
         CREATE INDEX task_user_id_created_at_id_idx ON task (user_id, created_at DESC, id DESC);
     END IF;
 
+    -- And the list of those that are still to be done, whatever the number of those that are.
+    IF NOT EXISTS (
+        SELECT FROM pg_index
+        WHERE indrelid = to_regclass('task') AND indexrelid::regclass::text LIKE '%task_pending_idx'
+    ) THEN
+        CREATE INDEX task_pending_idx ON task (user_id, created_at DESC, id DESC) WHERE NOT completed;
+    END IF;
+
     -- Most tasks have no key and are not in this index.
     IF NOT EXISTS (
         SELECT FROM pg_index

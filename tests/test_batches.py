@@ -58,11 +58,13 @@ def test_what_a_thousand_users_read_at_once_is_what_each_reads_alone(filled_url:
             for user_id, task_id in tasks:
                 reads += [(queries.get_task, user_id, task_id), (queries.get_task, random.choice(USERS), task_id)]
             for user_id in USERS:
-                reads += [(queries.list_tasks, user_id, which) for which in ([True, False], [True], [False], [])]
+                reads += [(queries.list_tasks, user_id, which) for which in sql.STATUSES]
             alone = {}
             for read, user_id, what in reads:
-                statement = sql.GET_TASK if read == queries.get_task else sql.LIST_TASKS
-                alone[str((read, user_id, what))] = await pool.fetchval(statement, user_id, what)
+                if read == queries.get_task:
+                    alone[str((read, user_id, what))] = await pool.fetchval(sql.GET_TASK, user_id, what)
+                else:
+                    alone[str((read, user_id, what))] = await pool.fetchval(sql.LIST_TASKS[str(what)], user_id)
             for seed in range(3):
                 random.Random(seed).shuffle(reads)
                 together = await asyncio.gather(*(read(user_id, what) for read, user_id, what in reads))  # type: ignore[call-overload]
@@ -105,13 +107,13 @@ def test_a_list_shares_its_message_once_it_is_known_to_be_short(filled_url: str)
             users = [*USERS[:29], "long"]
             for expected in ([1] * 30, [29, 1], [29, 1]):
                 Spy.sent.clear()
-                lists = await asyncio.gather(*(queries.list_tasks(user_id, [False]) for user_id in users))
+                lists = await asyncio.gather(*(queries.list_tasks(user_id, "pending") for user_id in users))
                 assert sorted(Spy.sent, reverse=True) == expected
                 assert [len(json.loads(text)) for text in lists] == [1 + n % 3 - (n % 3 > 0) for n in range(29)] + [100]
             await pool.execute("INSERT INTO task (user_id, title) SELECT 'user-0', unnest($1::text[])", titles)
             for expected in ([29, 1], [28, 1, 1]):  # one that has become long holds the others up once
                 Spy.sent.clear()
-                await asyncio.gather(*(queries.list_tasks(user_id, [False]) for user_id in users))
+                await asyncio.gather(*(queries.list_tasks(user_id, "pending") for user_id in users))
                 assert sorted(Spy.sent, reverse=True) == expected
             await pool.execute("DELETE FROM task WHERE title LIKE 'xx%'")
 
@@ -124,8 +126,8 @@ def test_what_is_remembered_of_lists_is_bounded(filled_url: str, monkeypatch: py
     async def check() -> None:
         async with pool_and_queries(filled_url) as (_, queries):
             for user_id in USERS[:35]:
-                await queries.list_tasks(user_id, [True])
-                assert (user_id, True) in queries.short_lists
+                await queries.list_tasks(user_id, "completed")
+                assert (user_id, "completed") in queries.short_lists
                 assert len(queries.short_lists) <= 10
 
     asyncio.run(check())
@@ -154,12 +156,12 @@ def test_reads_survive_the_loss_of_their_connections(filled_url: str) -> None:
         async with pool_and_queries(filled_url) as (_, queries):
             admin = await asyncpg.connect(filled_url)
             for _ in range(5):
-                await asyncio.gather(*(queries.list_tasks(user_id, [True]) for user_id in USERS[:100]))
+                await asyncio.gather(*(queries.list_tasks(user_id, "completed") for user_id in USERS[:100]))
                 await admin.execute(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                     " WHERE datname = current_database() AND pid <> pg_backend_pid()"
                 )
-            lists = await asyncio.gather(*(queries.list_tasks(user_id, [True, False]) for user_id in USERS[:100]))
+            lists = await asyncio.gather(*(queries.list_tasks(user_id, "all") for user_id in USERS[:100]))
             assert [len(json.loads(text)) for text in lists] == [1 + number % 3 for number in range(100)]
             await admin.close()
 

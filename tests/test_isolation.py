@@ -229,7 +229,7 @@ CALLER_BROKEN = {
     "or true in parentheses": {"user_id = $1": "(user_id = $1 OR true)"},
     "or the row": {
         "user_id = $1\n  AND id = $2": "user_id = $1 OR id = $2",
-        "user_id = $1\n      AND completed = ANY": "user_id = $1 OR completed = ANY",
+        "user_id = $1\n      AND {status}": "user_id = $1 OR {status}",
     },
     "prefix": {"user_id = $1": "starts_with(user_id, $1)", "VALUES ($1,": "VALUES (left($1, 12),"},
     "pattern": {"user_id = $1": "user_id LIKE $1"},
