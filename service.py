@@ -418,12 +418,14 @@ def valid_fields(request: Request, schema: Mapping[str, Any], body: object) -> d
 
 async def read_body(request: Request) -> bytearray:
     """Return the bytes of the body; raise 413 as soon as there are too many, and 415 if they are not meant as JSON."""
-    too_large = ApiError(413)
+    content, too_large = bytearray(), ApiError(413)
+    declared = "content-length" in request.headers or "transfer-encoding" in request.headers
+    if not declared and request.scope["http_version"].startswith("1."):
+        return content  # RFC 9112, section 6.3
     if int(request.headers.get("content-length", "0")) > BODY_LIMIT:
         raise too_large
-    if "upgrade" in request.headers and {"content-length", "transfer-encoding"} & set(request.headers):
+    if declared and "upgrade" in request.headers:
         raise ApiError(400, "A request with a body must not offer to upgrade the connection")
-    content = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             async for chunk in request.stream():
@@ -710,7 +712,7 @@ class Answers:
         started = time.perf_counter()
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
+        if not request_id or not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
             request_id = secrets.token_hex(16)
         status = 0
 
@@ -744,7 +746,11 @@ class Answers:
         for key, name in (("user", "user"), ("error", "trouble")):
             if name in scope:
                 line += f" {key}={logfmt(scope[name])}"
-        log.log(logging.ERROR if bug else logging.INFO, line, exc_info=bug)
+        if bug:
+            log.error(line, exc_info=bug)
+        else:
+            with contextlib.suppress(OSError):  # a log that is full or gone stops nobody
+                print(line, flush=True)  # in a fifth of the time that `log` takes
 
 
 def logfmt(value: object) -> str:

@@ -200,7 +200,7 @@ class Queries:
         where somebody else holds that lock for long, soon nobody would have one.
         """
         turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
-        async with asyncio.timeout(TURN_TIMEOUT):
+        async with asyncio.timeout(TURN_TIMEOUT if turn.locked() else None):
             await turn.acquire()
         try:
             return await self._send(statement, user_id, task_id, *parameters)

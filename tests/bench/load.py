@@ -1,17 +1,22 @@
-"""The requests per second that the service answers, and others beside it: `uv run tests/bench/load.py`.
+"""The requests per second that the service answers, and others beside it.
 
-One worker, 16 connections, 200,000 tasks of 10,000 users, and the tokens of 1,000 of them; wrk (of Debian) asks. Others
-are named with the command that starts them, which finds DATABASE_URL, BETTER_AUTH_SECRET, PORT, WORKERS and POOL set:
+    uv run --group bench tests/bench/load.py
+    uv run --group bench tests/bench/load.py --workers 2 --other 'mine=/path/to/run.sh'
 
-    uv run tests/bench/load.py --other 'mine=/path/to/run.sh'
+Each contestant in turn serves 200,000 tasks of 10,000 users from the same PostgreSQL, with 16 connections to it, while
+wrk (of Debian) asks on 64 connections with the tokens of 1,000 of the users. This service runs by the line of its
+Procfile, with everything on. Beside it: two floors (see floors.py), which serve one task only; the classic FastAPI and
+SQLModel (see fastapi_sqlmodel.py), if the group `bench` is installed; and what --other names with the command that
+starts it, which finds DATABASE_URL, BETTER_AUTH_SECRET, PORT, WORKERS and POOL set.
 
-Each round starts each of them once, in turn; the figures are medians of the rounds. CPU is in microseconds a request:
-that of the server, and that of PostgreSQL.
+Each round runs every contestant once; the figures are medians of the rounds. CPU is in microseconds a request: that of
+the server, and that of PostgreSQL. Memory is that of the largest process.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -45,6 +50,9 @@ FILL = """
     FROM generate_series(1, 1000) AS n
 """
 CREATE = ("POST", "/api/tasks", '{"title": "A new task", "description": "Something to be done"}')
+SERVICE = "this service"
+FLOOR = "floor:"
+LINES = ("one task", "list of 20", "list of 1,000", "toggle", "create", "mix")
 MIX = ["one task"] * 7 + ["list of 20", "toggle", "create"]
 
 
@@ -137,18 +145,59 @@ def measure(url: str, script: Path, server: psutil.Process, postgres: psutil.Pro
     return Figures(rate, p50, p99, cpu / count * 1e6, postgres_cpu / count * 1e6, memory)
 
 
+def contestants(others: list[str]) -> dict[str, str]:
+    """Return the command of each contestant by its name."""
+    uvicorn = (
+        f"{sys.executable} -m uvicorn --host 127.0.0.1 --port $PORT --workers $WORKERS"
+        " --loop uvloop --http httptools --no-access-log --log-level warning"
+    )
+    commands = {
+        SERVICE: f"env {procfile_line('web')}",
+        f"{FLOOR} nothing": f"{uvicorn} tests.bench.floors:nothing",
+        f"{FLOOR} one query": f"{uvicorn} tests.bench.floors:one_query",
+    }
+    if importlib.util.find_spec("sqlmodel"):
+        commands["FastAPI + SQLModel"] = f"{uvicorn} tests.bench.fastapi_sqlmodel:app"
+    else:
+        print("FastAPI + SQLModel is left out: run this with `uv run --group bench`", file=sys.stderr)
+    return commands | dict(each.split("=", 1) for each in others)
+
+
+def chart(found: dict[tuple[str, str], Figures]) -> str:
+    """Return the requests per second as a picture in SVG: a group of bars for each line."""
+    names = list(dict.fromkeys(name for _, name in found if not name.startswith(FLOOR)))
+    shades = ["#0b6e4f", "#7c8ba1", "#a3afc0", "#b9c2cf", "#cdd4dd", "#dde2e8", "#e9ecf0"]
+    bar, left, width = 14, 110, 760
+    parts, y = [], 8
+    for line in dict.fromkeys(line for line, _ in found):
+        parts.append(f'<text x="{left - 8}" y="{y + bar * len(names) / 2 + 4}" text-anchor="end">{line}</text>')
+        most = max(found[line, name].requests for name in names)
+        for name, shade in zip(names, shades * 9, strict=False):
+            figures = found[line, name]
+            length = figures.requests / most * (width - left - 250)
+            parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{bar - 2}" fill="{shade}"/>')
+            label = f"{figures.requests:,.0f}  {name}"
+            parts.append(f'<text x="{left + length + 6:.0f}" y="{y + bar - 4}">{label}</text>')
+            y += bar
+        y += 10
+    style = "font: 11px sans-serif; background: white"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" style="{style}">'
+    return "\n".join([head, "<title>Requests per second</title>", *parts, "</svg>", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4, help="of each measurement")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--lines", nargs="+", choices=LINES, default=LINES, help="what to measure")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="write the requests per second as a picture in SVG")
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
         sys.exit("wrk is not installed: apt-get install wrk")
-    contestants = {"this service": f"env {procfile_line('web')}"} | dict(each.split("=", 1) for each in arguments.other)
-    found: dict[tuple[str, str], list[Figures]] = defaultdict(list)
-    lines = ("one task", "list of 20", "list of 1,000", "toggle", "create", "mix")
+    commands = contestants(arguments.other)
+    rounds: dict[tuple[str, str], list[Figures]] = defaultdict(list)
     postgres = Postgres(shared_buffers="512MB")
     folder = Path(tempfile.mkdtemp(prefix="tasks-bench-"))
     try:
@@ -158,27 +207,31 @@ def main() -> None:
             connection.execute("VACUUM ANALYZE task")
             ids = connection.execute("SELECT user_id, min(id) FROM task GROUP BY user_id").fetchall()
             first_ids: dict[str, int] = dict(ids)
-        scripts = {line: write_script(folder, line, first_ids) for line in lines}
+        scripts = {line: write_script(folder, line, first_ids) for line in LINES}
         assert postgres.process
+        server_of_tasks = psutil.Process(postgres.process.pid)
         for number in range(arguments.rounds):
-            for name, command in contestants.items():
+            for name, command in commands.items():
                 print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr)
                 with serving(command, postgres.url(), arguments.workers) as (url, server):
-                    for line in lines:
-                        figures = measure(
-                            url, scripts[line], server, psutil.Process(postgres.process.pid), arguments.seconds
-                        )
-                        found[line, name].append(figures)
+                    for line in arguments.lines if not name.startswith(FLOOR) else ["one task"]:
+                        figures = measure(url, scripts[line], server, server_of_tasks, arguments.seconds)
+                        rounds[line, name].append(figures)
     finally:
         postgres.remove()
         shutil.rmtree(folder)
 
+    found = {
+        key: Figures(*(statistics.median(values) for values in zip(*rounds[key], strict=True)))
+        for key in sorted(rounds, key=lambda key: LINES.index(key[0]))
+    }
     print(f"{os.cpu_count()} CPUs, {arguments.workers} worker(s), medians of {arguments.rounds} rounds\n")
     print("| | | requests/s | p50, ms | p99, ms | CPU, µs | PostgreSQL, µs | MB |\n|---|---|---|---|---|---|---|---|")
-    for (line, name), rounds in found.items():
-        middle = Figures(*(statistics.median(values) for values in zip(*rounds, strict=True)))
-        print(f"| {line} | {name} | {middle.requests:,.0f} | {middle.p50:.1f} | {middle.p99:.1f} | {middle.cpu:.0f}"
-              f" | {middle.postgres_cpu:.0f} | {middle.memory:.0f} |")  # fmt: skip
+    for (line, name), figures in found.items():
+        print(f"| {line} | {name} | {figures.requests:,.0f} | {figures.p50:.1f} | {figures.p99:.1f} | {figures.cpu:.0f}"
+              f" | {figures.postgres_cpu:.0f} | {figures.memory:.0f} |")  # fmt: skip
+    if arguments.chart:
+        arguments.chart.write_text(chart(found))
 
 
 if __name__ == "__main__":
