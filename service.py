@@ -381,7 +381,9 @@ def problem(rule: Mapping[str, Any], value: object) -> str | None:
     if re.search("[\ud800-\udfff]", value):
         return "must not contain a lone surrogate"
     if not re.search(rule.get("pattern", ""), value):
-        return "must not contain NUL" if "\0" in value else "must not be blank"
+        if "\0" in value:
+            return "must not contain NUL"
+        return "must not be blank" if not value or value.isspace() else f"must look like {rule['examples'][0]}"
     return None
 
 
@@ -781,10 +783,10 @@ async def create_task(request: Request) -> Response:
     """Create a task."""
     body, key = await read_json(request), idempotency_key(request)
     fields = valid_fields(request, NEW_TASK, body)
-    values = fields["title"], fields.get("description"), fields.get("completed", False)
+    values = [({"completed": False} | fields).get(name) for name in FIELDS]
     if key:
         key += " " + hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    created = await request.state.queries.create_task(request.user, *values, key)
+    created = await request.state.queries.create_task(request.user, key, values)
     if not created:
         raise invalid({"body": "is not the one that this Idempotency-Key was first sent with"})
     task, task_id = created
@@ -801,9 +803,10 @@ async def get_task(request: Request) -> Response:
 
 async def update_task(request: Request) -> Response:
     """Change a task: those of its fields that are sent."""
-    changes = valid_fields(request, TASK_CHANGES, await read_json(request))
+    fields = valid_fields(request, TASK_CHANGES, await read_json(request))
+    changes = [(name in fields, fields.get(name)) for name in FIELDS]
     task = await request.state.queries.update_task(
-        request.user, task_id_of(request), changes, versions_to_change(request)
+        request.user, task_id_of(request), versions_to_change(request), changes
     )
     return task_response(request, task or await raise_why_not(request))
 
@@ -812,7 +815,7 @@ async def complete_task(request: Request) -> Response:
     """Toggle completed, or set it with a body."""
     fields = valid_fields(request, COMPLETION, await read_json(request, optional=True))
     task = await request.state.queries.complete_task(
-        request.user, task_id_of(request), fields.get("completed"), versions_to_change(request)
+        request.user, task_id_of(request), versions_to_change(request), fields.get("completed")
     )
     return task_response(request, task or await raise_why_not(request))
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import re
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,40 +153,31 @@ class Queries:
         return task
 
     async def create_task(
-        self, user_id: str, title: str, description: str | None, completed: bool, idempotency_key: str | None
+        self, user_id: str, idempotency_key: str | None, values: Sequence[object]
     ) -> tuple[str, int] | None:
-        """Insert a task, or find the one that the key has made; return it and its id.
+        """Insert a task of the values of all fields, or find the one that the key has made; return it and its id.
 
         The key has the hash of the request behind it; None is returned where it came with another one before.
         """
-        values = title, description, completed, idempotency_key
         # With a key it may have to wait for another one, or give no row.
-        row = await (self._send if idempotency_key else self._fetch)(CREATE_TASK, user_id, *values)
+        row = await (self._send if idempotency_key else self._fetch)(CREATE_TASK, user_id, idempotency_key, *values)
         return (row[0], row[1]) if row else None
 
     # The changes apply only to the versions that they are given, if any are; they tell not whether there is another.
 
     async def update_task(
-        self, user_id: str, task_id: int, changes: Mapping[str, Any], versions: list[str] | None
+        self, user_id: str, task_id: int, versions: list[str] | None, changes: Sequence[tuple[bool, object]]
     ) -> str | None:
-        """Set the fields that `changes` has, of title, description and completed; return the task or None."""
-        row = await self._change(
-            UPDATE_TASK,
-            user_id,
-            task_id,
-            changes.get("title"),
-            "description" in changes,
-            changes.get("description"),
-            changes.get("completed"),
-            versions,
-        )
+        """Set fields, given whether to set each, and to what; return the task or None."""
+        parameters = [parameter for change in changes for parameter in change]
+        row = await self._change(UPDATE_TASK, user_id, task_id, versions, *parameters)
         return row[0] if row else None
 
     async def complete_task(
-        self, user_id: str, task_id: int, completed: bool | None, versions: list[str] | None
+        self, user_id: str, task_id: int, versions: list[str] | None, completed: bool | None
     ) -> str | None:
         """Set `completed`, or toggle it where None is given; return the task or None."""
-        row = await self._change(COMPLETE_TASK, user_id, task_id, completed, versions)
+        row = await self._change(COMPLETE_TASK, user_id, task_id, versions, completed)
         return row[0] if row else None
 
     async def delete_task(self, user_id: str, task_id: int, versions: list[str] | None) -> bool:

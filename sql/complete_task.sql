@@ -1,8 +1,8 @@
--- The changed task, or no row. $2: its id, $3: the value of completed, or null to toggle it, $4: see update_task.sql.
+-- The changed task, or no row. $2: its id, $3: see update_task.sql, $4: the value of completed, or null to toggle it.
 UPDATE task
-SET completed = coalesce($3, NOT completed),
+SET completed = coalesce($4, NOT completed),
     updated_at = greatest(now(), updated_at + interval '1 microsecond')
 WHERE user_id = $1
   AND id = $2
-  AND coalesce({version} = ANY($4::text[]), true)
+  AND coalesce({version} = ANY($3::text[]), true)
 RETURNING {task}

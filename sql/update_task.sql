@@ -1,15 +1,14 @@
--- The changed task, or no row. $2: its id, $3: title, $4: whether to set the description, $5: to what (null clears it),
--- $6: completed. A null $3 or $6 keeps what is there, which is safe because neither column can be null.
--- $7: the versions to change, or null for any.
+-- The changed task, or no row. $2: its id, $3: the versions to change, or null for any. Then for each field of a task, in
+-- their order, whether to set it, and to what.
 UPDATE task
-SET title = coalesce($3::text, title),
-    description = CASE WHEN $4::boolean THEN $5::text ELSE description END,
-    completed = coalesce($6::boolean, completed),
+SET title = CASE WHEN $4 THEN $5 ELSE title END,
+    description = CASE WHEN $6 THEN $7 ELSE description END,
+    completed = CASE WHEN $8 THEN $9 ELSE completed END,
     updated_at = CASE
-        WHEN $3 IS NULL AND NOT $4 AND $6 IS NULL THEN updated_at
-        ELSE greatest(now(), updated_at + interval '1 microsecond')
+        WHEN true IN ($4, $6, $8) THEN greatest(now(), updated_at + interval '1 microsecond')
+        ELSE updated_at
     END
 WHERE user_id = $1
   AND id = $2
-  AND coalesce({version} = ANY($7::text[]), true)
+  AND coalesce({version} = ANY($3::text[]), true)
 RETURNING {task}

@@ -194,7 +194,7 @@ def test_what_a_thousand_users_create_at_once_is_what_each_has(empty_url: str) -
         async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
             Spy.sent.clear()
             made = await asyncio.gather(
-                *(queries.create_task(user_id, f"of {user_id}", None, False, None) for user_id in USERS)
+                *(queries.create_task(user_id, None, [f"of {user_id}", None, False]) for user_id in USERS)
             )
             assert max(Spy.sent) == 32
             for user_id, created in zip(USERS, made, strict=True):
@@ -214,7 +214,7 @@ def test_a_creation_that_fails_fails_alone(empty_url: str) -> None:
             titles = {"of NUL": "NUL\0", "too long": "x" * 201, "blank": " ", "a surrogate": "\ud800"}
             users = [*USERS[:20], *titles, *USERS[20:25]]
             made = await asyncio.gather(
-                *(queries.create_task(user_id, titles.get(user_id, "x"), None, False, None) for user_id in users),
+                *(queries.create_task(user_id, None, [titles.get(user_id, "x"), None, False]) for user_id in users),
                 return_exceptions=True,
             )
             failed = {user_id for user_id, answer in zip(users, made, strict=True) if isinstance(answer, Exception)}
@@ -233,7 +233,7 @@ def test_creations_that_are_lost_with_their_connection_are_not_sent_again(empty_
             await lock.start()
             await admin.execute("LOCK TABLE task IN SHARE MODE")
             creations = [
-                asyncio.create_task(queries.create_task(user_id, "x", None, False, None)) for user_id in USERS[:20]
+                asyncio.create_task(queries.create_task(user_id, None, ["x", None, False])) for user_id in USERS[:20]
             ]
             ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             while not await admin.fetch(ended):

@@ -120,8 +120,9 @@ class User:
 def table(service: Service) -> dict[tuple[str, int], Task]:
     """Return what the database has, by owner and id, with its timestamps as times."""
     with psycopg.connect(service.database_url, row_factory=dict_row) as connection:
-        columns = "id, user_id, title, description, completed, created_at, updated_at"
-        rows = connection.execute(f"SELECT {columns} FROM task").fetchall()
+        rows = connection.execute("SELECT * FROM task").fetchall()
+    for row in rows:
+        del row["idempotency_key"]
     return {(row["user_id"], row["id"]): row for row in rows}
 
 

@@ -54,9 +54,9 @@ class Scene:
 
     def tasks(self) -> dict[int, Task]:
         """Return everybody's tasks by their ids, newest first, as the API is to show them."""
-        statement = "SELECT id, user_id, title, description, completed, created_at, updated_at FROM task"
-        tasks = self.connection.execute(statement + " ORDER BY created_at DESC, id DESC").fetchall()
+        tasks = self.connection.execute("SELECT * FROM task ORDER BY created_at DESC, id DESC").fetchall()
         for task in tasks:
+            del task["idempotency_key"]
             for name in ("created_at", "updated_at"):
                 task[name] = f"{task[name].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}+00:00"
         return {task["id"]: task for task in tasks}
@@ -240,7 +240,7 @@ CALLER_BROKEN = {
         "DO UPDATE SET ": "DO UPDATE SET user_id = 'somebody else ' || task.id, ",
     },
     "a second row": {"VALUES ($1, $2, $3, $4, $5)": "VALUES ($1, $2, $3, $4, $5), ('somebody else', $2, $3, $4, $5)"},
-    "another parameter": {"VALUES ($1, $2,": "VALUES ($2, $1,"},
+    "another parameter": {"VALUES ($1, $2, $3,": "VALUES ($3, $2, $1,"},
     "anybody's key": {"ON CONFLICT (user_id, ": "ON CONFLICT ("},
     "a key by case": {"ON CONFLICT (user_id, ": "ON CONFLICT (lower(user_id), "},
 }
@@ -257,7 +257,7 @@ ROW_BROKEN = {
     "id more": {"AND id = $2": "AND id >= $2"},
     "version dropped": {"coalesce({version} = ANY(": "coalesce('' <> ALL("},
     "version negated": {"coalesce({version} = ANY(": "coalesce({version} <> ALL("},
-    "key dropped": {"VALUES ($1, $2, $3, $4, $5)": "VALUES ($1, $2, $3, $4, nullif($5, $5))"},
+    "key dropped": {"VALUES ($1, $2, $3, $4, $5)": "VALUES ($1, nullif($2, $2), $3, $4, $5)"},
     "body of the key dropped": {
         "WHERE task.idempotency_key = excluded.idempotency_key": "WHERE task.idempotency_key <> ''"
     },

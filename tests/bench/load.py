@@ -67,7 +67,7 @@ class Figures(NamedTuple):
 
 def write_script(folder: Path, line: str, first_ids: dict[str, int]) -> Path:
     """Write what wrk is to ask: a list of requests with a token each, over and over."""
-    users = ["busy"] if line == "list of 1,000" else [f"user-{number}" for number in range(1000)]
+    users = ["busy"] if line == "list of 1,000" else [user for user in first_ids if user.startswith("user-")][:1000]
     calls = []
     for number, user in enumerate(users):
         headers = f'["Authorization"] = "Bearer {token(user)}"'
