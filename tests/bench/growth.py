@@ -44,7 +44,8 @@ PENDING = ("ten", "ten of many")
 def write_list_script(folder: Path, user_id: str) -> Path:
     """Write what wrk is to ask for: the pending tasks of a user."""
     script = folder / f"{user_id}.lua"
-    call = f'wrk.format("GET", "/api/tasks?status=pending", {{["Authorization"] = "Bearer {token(user_id)}"}})'
+    headers = f'["Host"] = "localhost", ["Authorization"] = "Bearer {token(user_id)}"'
+    call = f'wrk.format("GET", "/api/tasks?status=pending", {{{headers}}})'
     script.write_text(f"local call = {call}\nrequest = function() return call end\n")
     return script
 

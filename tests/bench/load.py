@@ -70,7 +70,7 @@ def write_script(folder: Path, line: str, first_ids: dict[str, int]) -> Path:
     users = ["busy"] if line == "list of 1,000" else [user for user in first_ids if user.startswith("user-")][:1000]
     calls = []
     for number, user in enumerate(users):
-        headers = f'["Authorization"] = "Bearer {token(user)}"'
+        headers = f'["Host"] = "localhost", ["Authorization"] = "Bearer {token(user)}"'
         kind = MIX[number % len(MIX)] if line == "mix" else line
         path, body = "/api/tasks", "nil"
         method = {"toggle": "PATCH", "create": "POST"}.get(kind, "GET")
@@ -80,7 +80,7 @@ def write_script(folder: Path, line: str, first_ids: dict[str, int]) -> Path:
             path += f"/{first_ids[user]}/complete"
         elif kind == "create":  # for others, so that the lists do not grow
             headers = (
-                f'["Authorization"] = "Bearer {token(f"creator-{number}")}", ["Content-Type"] = "application/json"'
+                headers.replace(token(user), token(f"creator-{number}")) + ', ["Content-Type"] = "application/json"'
             )
             body = f"'{CREATE[2]}'"
         calls.append(f'wrk.format("{method}", "{path}", {{{headers}}}, {body})')
@@ -135,8 +135,8 @@ def measure(url: str, script: Path, server: psutil.Process, postgres: psutil.Pro
     before, postgres_before = cpu_seconds(server), cpu_seconds(postgres)
     said = wrk(seconds)
     cpu, postgres_cpu = cpu_seconds(server) - before, cpu_seconds(postgres) - postgres_before
-    if failed := re.search("Non-2xx or 3xx responses: .*|Socket errors: .*", said):
-        print(f"  {script.stem}: {failed[0]}", file=sys.stderr)
+    for failed in re.findall("Non-2xx or 3xx responses: .*|Socket errors: .*", said):
+        print(f"  {script.stem}: {failed}", file=sys.stderr)
     count = int(re.findall(r"(\d+) requests in", said)[0])
     units = {"us": 0.001, "ms": 1.0, "s": 1000.0}
     p50, p99 = (float(number) * units[unit] for number, unit in re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said))
