@@ -3,11 +3,12 @@
     uv run service.py                 serve on 127.0.0.1:8000, with an embedded PostgreSQL unless DATABASE_URL is set
     uv run service.py token alice     print a token to call it with
     python service.py migrate         create or adopt the table and exit
-    uvicorn service:app               the same application under a server of yours
+    uvicorn service:app               the same application under a server of yours; see HttpProtocol
 
-This file is the whole program but for the statements, which are in `sql/`. Its sections: settings, errors, validation,
-identity, answers, handlers, the OpenAPI document, the route table, lifespan and application, the command line. To see
-what one request does, start at ENDPOINTS, read its handler, and the one file in `sql/` that the handler sends.
+This file is the whole program but for `sql/`, which has the statements, and how they are sent, retried and bound to
+their user. Its sections: settings, errors, validation, conditions, identity, answers, handlers, the OpenAPI document,
+the route table, lifespan and application, the command line. To see what one request does, start at ENDPOINTS, read its
+handler, and the one file in `sql/` that the handler sends.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.supervisors import Multiprocess
 
 from sql import COMMAND_TIMEOUT, STATUSES, Connection, Queries
 
@@ -570,11 +572,11 @@ class Identity:
         """
         settings = self.settings
         audience, issuer = settings.audience, settings.issuer
-        header = jwt.get_unverified_header(token)
+        unverified = jwt.get_unverified_header(token)
         keys: list[Any] = settings.secrets
         algorithms = ["HS256"]
-        if header.get("alg") in PUBLIC_KEY_ALGORITHMS and settings.jwks_url:
-            key, algorithms = await self.public_key(header.get("kid"))
+        if unverified.get("alg") in PUBLIC_KEY_ALGORITHMS and settings.jwks_url:
+            key, algorithms = await self.public_key(unverified.get("kid"))
             keys = [key]
             audience, issuer = audience or settings.better_auth, issuer or settings.better_auth
         for key in keys:
@@ -752,7 +754,7 @@ class Answers:
         if bug:
             log.error(line, exc_info=bug)
         else:
-            with contextlib.suppress(OSError):  # a log that is full or gone stops nobody
+            with contextlib.suppress(OSError):  # a full disk or a closed pipe stops nobody
                 print(line, flush=True)  # in a fifth of the time that `log` takes
 
 
@@ -785,8 +787,9 @@ async def create_task(request: Request) -> Response:
     body, key = await read_json(request), idempotency_key(request)
     fields = valid_fields(request, NEW_TASK, body)
     values = [({"completed": False} | fields).get(name) for name in FIELDS]
-    if key:
-        key += " " + hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    if key:  # only of what is not null, so that a field which is added some day changes no hash
+        sent = {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
+        key += " " + hashlib.sha256(json.dumps(sent).encode()).hexdigest()
     created = await request.state.queries.create_task(request.user, key, values)
     if not created:
         raise invalid({"body": "is not the one that this Idempotency-Key was first sent with"})
@@ -1009,8 +1012,16 @@ class Endpoint(NamedTuple):
         api, one, reads = self.path.startswith("/api/"), "{" in self.path, self.method == "GET"
         condition = {"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(self.method, "If-Match")
         statuses = [*self.errors]
-        statuses += [401, 422, 500, 503] * api + [304] * (api and reads) + [404] * one + [412] * (one and not reads)
-        statuses += [400, 413, 415] * bool(self.body)
+        if api:
+            statuses += [401, 422, 500, 503]
+        if one:
+            statuses.append(404)
+        if api and reads:
+            statuses.append(304)
+        if one and not reads:
+            statuses.append(412)
+        if self.body:
+            statuses += [400, 413, 415]
         schemas = {self.status: self.schema, 304: None, 422: "ValidationError"}
         parameters = [*re.findall(r"{(\w+)}", self.path), *self.query, *[condition] * api]
         operation: dict[str, Any] = {
@@ -1262,16 +1273,28 @@ def check_address(settings: Settings) -> None:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which takes trailer fields for headers, even an Authorization (RFC 9110, section 6.5.1)."""
+    """uvicorn's protocol, but for trailer fields, which do not become headers here (RFC 9110, section 6.5.1)."""
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self.headers = []  # what comes from here on is in nobody's hands
+        self.headers = []  # in which nobody reads what comes from here on
+
+
+class Supervisor(Multiprocess):
+    """uvicorn's supervisor of the workers, but that it closes its socket before it waits for their last requests.
+
+    Who connects meanwhile is refused, and is not kept waiting for a worker that does not come.
+    """
+
+    def join_all(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        super().join_all()
 
 
 def serve(settings: Settings) -> None:
     """Serve until a signal comes. The workers read the environment again, each for itself."""
-    uvicorn.run(
+    config = uvicorn.Config(
         "service:app",
         host=settings.host,
         port=settings.port,
@@ -1285,6 +1308,13 @@ def serve(settings: Settings) -> None:
         lifespan="on",
         ws="none",
     )
+    if settings.workers > 1:
+        Supervisor(config, [config.bind_socket()]).run()
+    else:
+        server = uvicorn.Server(config)
+        server.run()
+        if not server.started:
+            sys.exit(STARTUP_FAILURE)
 
 
 async def migrate(settings: Settings) -> None:

@@ -1,7 +1,8 @@
 """The query module: every statement that the service sends, one `.sql` file each.
 
-`$1` is the caller in all of them, and `Queries` takes the caller as the first argument of every method. Importing this
-module fails unless each is bound to its caller in the one way that `load` knows, so who may see what is settled here.
+`$1` is the caller in all of them but the schema, and `Queries` takes the caller as the first argument of each.
+Importing this module fails unless they are bound to their caller in the one way that `load` knows, so who may see what
+is settled here.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class Call(NamedTuple):
 class Queries:
     """The statements on a pool of `Connection`, each for the caller that it is given. Tasks come back as JSON text.
 
-    Each method sends one statement and lets the errors of asyncpg and of the operating system through.
+    Each method sends one statement, reads again if their connection is lost, and lets the errors of asyncpg and of the
+    operating system through.
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -137,7 +139,7 @@ class Queries:
     async def list_tasks(self, user_id: str, status: str) -> str:
         """Return the caller's tasks of one of STATUSES, newest first, as a JSON array."""
         which = user_id, status
-        row = await self._fetch(LIST_TASKS[status], user_id, alone=which not in self.short_lists)
+        row = await self._send_together(LIST_TASKS[status], user_id, alone=which not in self.short_lists)
         tasks: str = row[0]
         if len(tasks) > SHORT_LIST:
             self.short_lists.discard(which)
@@ -149,7 +151,7 @@ class Queries:
 
     async def get_task(self, user_id: str, task_id: int) -> str | None:
         """Return a task, or None where the caller has none with this id."""
-        task: str | None = (await self._fetch(GET_TASK, user_id, task_id))[0]
+        task: str | None = (await self._send_together(GET_TASK, user_id, task_id))[0]
         return task
 
     async def create_task(
@@ -160,10 +162,11 @@ class Queries:
         The key has the hash of the request behind it; None is returned where it came with another one before.
         """
         # With a key it may have to wait for another one, or give no row.
-        row = await (self._send if idempotency_key else self._fetch)(CREATE_TASK, user_id, idempotency_key, *values)
+        send = self._send_alone if idempotency_key else self._send_together
+        row = await send(CREATE_TASK, user_id, idempotency_key, *values)
         return (row[0], row[1]) if row else None
 
-    # The changes apply only to the versions that they are given, if any are; they tell not whether there is another.
+    # The changes apply only to the versions that they are given, if any; None means no such task or no such version.
 
     async def update_task(
         self, user_id: str, task_id: int, versions: list[str] | None, changes: Sequence[tuple[bool, object]]
@@ -191,20 +194,22 @@ class Queries:
         where somebody else holds that lock for long, soon nobody would have one.
         """
         turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
-        async with asyncio.timeout(TURN_TIMEOUT if turn.locked() else None):
+        async with asyncio.timeout(TURN_TIMEOUT):
             await turn.acquire()
         try:
-            return await self._send(statement, user_id, task_id, *parameters)
+            return await self._send_alone(statement, user_id, task_id, *parameters)
         finally:
             turn.release()
 
-    async def _send(self, statement: str, user_id: str, *parameters: object) -> asyncpg.Record | None:
+    async def _send_alone(self, statement: str, user_id: str, *parameters: object) -> asyncpg.Record | None:
         """Send a statement that changes something, and return its row."""
         async with self._connection() as connection:
             row: asyncpg.Record | None = await connection.fetchrow(statement, user_id, *parameters)
             return row
 
-    async def _fetch(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> asyncpg.Record:
+    async def _send_together(
+        self, statement: str, user_id: str, *parameters: object, alone: bool = False
+    ) -> asyncpg.Record:
         """Return the one row of a statement that waits for nobody's lock.
 
         Those that come in one turn of the event loop share a message to the database, which executes the statement for
@@ -217,32 +222,33 @@ class Queries:
             self._start(statement, [call])
         else:
             if not self.calls:
-                loop.call_soon(self._send_calls)
+                loop.call_soon(self._flush)
             self.calls.setdefault(statement, []).append(call)
         return await call.row
 
-    def _send_calls(self) -> None:
+    def _flush(self) -> None:
         waiting, self.calls = self.calls, {}
         for statement, calls in waiting.items():
             for start in range(0, len(calls), TOGETHER):
                 self._start(statement, calls[start : start + TOGETHER])
 
     def _start(self, statement: str, calls: list[Call], *, again: bool = False) -> None:
-        task = asyncio.create_task(self._send_together(statement, calls, again))
+        task = asyncio.create_task(self._send_batch(statement, calls, again))
         self.sending.add(task)  # or it could be collected as garbage
         task.add_done_callback(self.sending.discard)
 
-    async def _send_together(self, statement: str, calls: list[Call], again: bool) -> None:
+    async def _send_batch(self, statement: str, calls: list[Call], again: bool) -> None:
         """Send a statement for each of some callers; where one spoils it, or a read was lost, again for each alone."""
         try:
             async with self._connection() as connection:
                 rows = await connection.fetchmany(statement, [call.parameters for call in calls])
             answers = list(zip(calls, rows, strict=True))
         except Exception as error:
-            # Of a write that was lost with its connection nobody knows how far it came.
-            lost = isinstance(error, CONNECTION_LOST)
-            spoiled = len(calls) > 1 and isinstance(error, asyncpg.PostgresError)
-            if not again and (statement in READS if lost else spoiled):
+            if isinstance(error, CONNECTION_LOST):
+                repeatable = statement in READS  # how far a write came, nobody knows
+            else:
+                repeatable = len(calls) > 1 and isinstance(error, asyncpg.PostgresError)  # none of it was done
+            if repeatable and not again:
                 for call in calls:
                     self._start(statement, [call], again=True)
                 return

@@ -194,8 +194,7 @@ def test_requests_in_flight_are_finished_when_the_service_is_stopped(
     assert "Traceback" not in service.log
     kept = [*((task_id, True) for task_id in ids), (other["id"], False)]
     assert service.sql("SELECT id, completed FROM task ORDER BY id") == kept
-    if workers == "1":  # uvicorn's supervisor keeps its socket open until the last of several workers is done
-        assert refused
+    assert refused
 
 
 def waiting_for_locks(database_url: str) -> int:

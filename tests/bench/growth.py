@@ -27,7 +27,7 @@ from tests.service_process import procfile_line, token
 
 FILL = """
     INSERT INTO task (user_id, title, description, completed, created_at, updated_at)
-    SELECT 'user-' || user_number, 'task ' || n, 'Something to be done', n % 2 = 0, now() - n * '1 min'::interval, now()
+    SELECT 'user-' || user_number, 'task ' || n, 'To be done', n %% 2 = 0, now() - n * '1 min'::interval, now()
     FROM generate_series(1, 20) AS n, generate_series(0, %(users)s - 1) AS user_number
     ORDER BY n, user_number
 """
@@ -66,6 +66,7 @@ def main() -> None:
                 connection.execute(FILL.encode(), {"users": size // 20})
                 connection.execute(TEN.encode())
                 connection.execute("VACUUM ANALYZE task")
+                connection.execute("CHECKPOINT")  # or what has just been written is still on its way to the disk
                 query = "SELECT user_id, min(id) FROM task WHERE user_id = ANY(%s) GROUP BY user_id"
                 users = [f"user-{number}" for number in range(0, size // 20, max(size // 20_000, 1))][:1000]
                 first_ids: dict[str, int] = dict(connection.execute(query, [users]).fetchall())
