@@ -755,7 +755,7 @@ class Answers:
             log.error(line, exc_info=bug)
         else:
             with contextlib.suppress(OSError):  # a full disk or a closed pipe stops nobody
-                print(line, flush=True)  # in a fifth of the time that `log` takes
+                print(f"{line}\n", end="", flush=True)  # in a fifth of the time that `log` takes, and in one write
 
 
 def logfmt(value: object) -> str:
@@ -1237,8 +1237,8 @@ def main() -> None:
     commands.add_parser("migrate", help="create or adopt the table and exit")
     arguments = parser.parse_args()
     # After its own shutdown uvicorn raises the signal again; as an exception it lets the embedded database be stopped.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
         given = given_in(os.environ)
@@ -1259,6 +1259,8 @@ def main() -> None:
                 serve(settings)
     except SettingError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def check_address(settings: Settings) -> None:

@@ -248,3 +248,39 @@ def test_creations_that_are_lost_with_their_connection_are_not_sent_again(empty_
             await admin.close()
 
     asyncio.run(check())
+
+
+TRIGGERS = {
+    "a trigger that swallows rows": """
+        CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER swallow BEFORE INSERT ON task FOR EACH ROW WHEN (new.user_id = 'user-7')
+        EXECUTE FUNCTION swallow();
+    """,
+    "a foreign key to a row that is locked": """
+        CREATE TABLE owner (id text PRIMARY KEY);
+        INSERT INTO owner SELECT 'user-' || number FROM generate_series(0, 999) AS number;
+        ALTER TABLE task ADD FOREIGN KEY (user_id) REFERENCES owner;
+    """,
+}
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS.values(), ids=TRIGGERS)
+def test_a_trigger_for_one_user_does_nothing_to_the_creations_of_others(empty_url: str, trigger: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url) as (_, queries):
+            admin = await asyncpg.connect(empty_url)
+            await admin.execute(trigger)
+            await queries.apply_schema()  # as every start does
+            lock = admin.transaction()
+            await lock.start()
+            if "owner" in trigger:
+                await admin.execute("SELECT FROM owner WHERE id = 'user-7' FOR UPDATE")
+            of_one = asyncio.create_task(queries.create_task("user-7", None, ["x", None, False]))
+            others = [queries.create_task(user_id, None, ["x", None, False]) for user_id in USERS[8:30]]
+            async with asyncio.timeout(5):
+                assert all(await asyncio.gather(*others))
+            await lock.rollback()
+            assert (await of_one is None) == ("swallow" in trigger)
+            await admin.close()
+
+    asyncio.run(check())
