@@ -121,8 +121,8 @@ class Call(NamedTuple):
 class Queries:
     """The statements on a pool of `Connection`, each for the caller that it is given. Tasks come back as JSON text.
 
-    Each method sends one statement, reads again if their connection is lost, and lets the errors of asyncpg and of the
-    operating system through.
+    Each method sends one statement, a read once more if its connection was lost, and lets the errors of asyncpg and of
+    the operating system through.
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
