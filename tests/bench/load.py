@@ -128,16 +128,27 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 def measure(url: str, script: Path, server: psutil.Process, postgres: psutil.Process, seconds: int) -> Figures:
     def wrk(seconds: int) -> str:
-        command = ["wrk", "-t1", "-c64", f"-d{seconds}", "--latency", "-s", str(script), url]
+        command = ["wrk", "-t1", "-c64", f"-d{seconds}", "--timeout=60", "--latency", "-s", str(script), url]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
+    def settle() -> None:
+        """Wait until the server is done with what wrk has asked and did not wait for."""
+        before = -1.0
+        while (now := cpu_seconds(server)) > before + 0.02:
+            before = now
+            time.sleep(0.2)
+
     wrk(1)
-    before, postgres_before = cpu_seconds(server), cpu_seconds(postgres)
-    said = wrk(seconds)
-    cpu, postgres_cpu = cpu_seconds(server) - before, cpu_seconds(postgres) - postgres_before
+    count = 0
+    while not count:  # where nothing was answered in that time, give it more
+        settle()
+        before, postgres_before = cpu_seconds(server), cpu_seconds(postgres)
+        said = wrk(seconds)
+        cpu, postgres_cpu = cpu_seconds(server) - before, cpu_seconds(postgres) - postgres_before
+        count = int(re.findall(r"(\d+) requests in", said)[0])
+        seconds *= 2
     for failed in re.findall("Non-2xx or 3xx responses: .*|Socket errors: .*", said):
         print(f"  {script.stem}: {failed}", file=sys.stderr)
-    count = int(re.findall(r"(\d+) requests in", said)[0])
     units = {"us": 0.001, "ms": 1.0, "s": 1000.0}
     p50, p99 = (float(number) * units[unit] for number, unit in re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said))
     memory = max(each.memory_info().rss for each in [server, *server.children(recursive=True)]) / 1e6
