@@ -1118,20 +1118,14 @@ class TracedConnection(Connection):
     Statements that share a message share a span, in the trace of the first of them.
     """
 
-    async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
-        return await self.traced(query, super().fetchrow(query, *args, **options))
-
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
-        return await self.traced(query, super().fetchmany(query, args, **options))
-
-    async def traced(self, query: str, result: Awaitable[Any]) -> Any:
         from opentelemetry import trace
 
         verb, *_ = re.sub("^--.*", "", query, flags=re.MULTILINE).split()
         attributes = {"db.system": "postgresql", "db.statement": query}
         span = trace.get_tracer("service").start_span(verb, kind=trace.SpanKind.CLIENT, attributes=attributes)
         try:
-            return await result
+            return await super().fetchmany(query, args, **options)
         except Exception:
             span.set_status(trace.StatusCode.ERROR)  # and no more: the error may quote the task
             raise

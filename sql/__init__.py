@@ -8,10 +8,11 @@ is settled here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import re
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ FOLDER = Path(__file__).parent
 ACQUIRE_TIMEOUT = 5.0  # seconds that a request waits for a connection; two tries of a read, all in all, take under 30
 COMMAND_TIMEOUT = 8.0  # seconds that a statement may take, a wait for a locked row included
 TURN_TIMEOUT = 2.0  # seconds that a change waits for another one of the same task
-TOGETHER = 32  # statements in one message at most, so that more at once are spread over several connections
+TOGETHER = 32  # calls that share a message at most, so that more at once are spread over several connections
+ENOUGH = 16  # calls that go at once, even where a message of their statement is under way
+PATIENCE = 0.01  # seconds that fewer wait for that message to come back
 SHORT_LIST = 16_384  # characters of a list that may share a message with others, which have to wait for it
 KNOWN_LISTS = 4096  # of which is remembered that they are short
 SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
@@ -55,8 +58,16 @@ SAME_KEY = (
     " DO UPDATE SET idempotency_key = excluded.idempotency_key WHERE task.idempotency_key = excluded.idempotency_key"
 )
 
-# {version} in the other files: which state of a task it is, for If-Match. Its updated_at, as clients see it.
+# What stands in the other files in {braces}, beside {task}, which is task.sql.
+# {version}: which state of a task it is, for If-Match. Its updated_at, as clients see it.
 VERSION = """to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')"""
+# {key}: which task a row is of.
+KEY = "user_id, id"
+# {status}: which tasks to list. As text and not as a parameter, so that one plan of each is enough.
+STATUSES = {"all": "true", "pending": "NOT completed", "completed": "completed"}
+# {waiting}: how long to wait for somebody else's lock on a row. Alone, until COMMAND_TIMEOUT; together with others, who
+# wait too, hardly: it is then sent again alone. The setting is for the transaction, which is the message.
+WAITING = {"alone": "true", "together": "set_config('lock_timeout', '50ms', true) IS NOT NULL"}
 
 
 def read(name: str) -> str:
@@ -64,27 +75,26 @@ def read(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-# {status} in list_tasks.sql: which tasks to list. As text and not as a parameter, so that one plan of each is enough.
-STATUSES = {"all": "true", "pending": "NOT completed", "completed": "completed"}
-
-
-def load(name: str, status: str = "all") -> str:
+def load(name: str, status: str = "all", *, waiting: str = "together") -> str:
     """Return a statement; raise ValueError unless its text binds it to the caller."""
     statement = read(name)
-    text = " ".join(re.sub(r"^--.*$|'[^'\\]*'|{task}|{version}|{status}", " ", statement, flags=re.MULTILINE).split())
+    left_out = r"^--.*$|'[^'\\]*'|{task}|{version}|{key}|{status}|{waiting}"
+    text = " ".join(re.sub(left_out, " ", statement, flags=re.MULTILINE).split())
     text = text.replace(SAME_KEY, "")
     named_once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in NAMED_ONCE)
     if not re.search(BOUND, text) or not named_once or re.search(NEVER, text, re.IGNORECASE):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
-    return fill(statement).replace("{status}", STATUSES[status])
+    return fill(statement, status=STATUSES[status], waiting=WAITING[waiting])
 
 
-def fill(statement: str) -> str:
-    """Return a statement with what several share in its places; raise ValueError if task.sql reads a table."""
+def fill(statement: str, **places: str) -> str:
+    """Return a statement with its {places} filled; raise ValueError if task.sql reads a table."""
     task = read("task.sql")
     if re.search(r"\b(SELECT|FROM|TABLE)\b", re.sub("^--.*$", "", task, flags=re.MULTILINE), re.IGNORECASE):
         raise ValueError("sql/task.sql could reach tasks of somebody other than $1")
-    return statement.replace("{task}", task).replace("{version}", VERSION)
+    for place, text in {"task": task, "version": VERSION, "key": KEY, **places}.items():
+        statement = statement.replace(f"{{{place}}}", text)
+    return statement
 
 
 SCHEMA = read("schema.sql")
@@ -95,6 +105,12 @@ UPDATE_TASK = load("update_task.sql")
 COMPLETE_TASK = load("complete_task.sql")
 DELETE_TASK = load("delete_task.sql")
 READS = (*LIST_TASKS.values(), GET_TASK)
+# The changes of a task, and how they are sent alone.
+CHANGES = {
+    UPDATE_TASK: load("update_task.sql", waiting="alone"),
+    COMPLETE_TASK: load("complete_task.sql", waiting="alone"),
+    DELETE_TASK: load("delete_task.sql", waiting="alone"),
+}
 
 # Foreign keys are triggers too.
 HAS_TRIGGERS = "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass('task'))"
@@ -115,7 +131,9 @@ class Call(NamedTuple):
     """The parameters of a statement, the caller first, and what waits for the row that they give."""
 
     parameters: tuple[object, ...]
-    row: asyncio.Future[asyncpg.Record]
+    row: asyncio.Future[asyncpg.Record | None]
+    context: contextvars.Context
+    """Of the request, in whose trace the statement is to be."""
 
 
 class Queries:
@@ -131,7 +149,8 @@ class Queries:
         self.has_triggers = True
         self.turns: weakref.WeakValueDictionary[tuple[str, int], asyncio.Lock] = weakref.WeakValueDictionary()
         self.short_lists: set[tuple[str, str]] = set()
-        self.calls: dict[str, list[Call]] = {}
+        self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
+        self.under_way: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
         self.sending: set[asyncio.Task[None]] = set()
 
     async def apply_schema(self) -> None:
@@ -144,7 +163,7 @@ class Queries:
     async def list_tasks(self, user_id: str, status: str) -> str:
         """Return the caller's tasks of one of STATUSES, newest first, as a JSON array."""
         which = user_id, status
-        row = await self._send_together(LIST_TASKS[status], user_id, alone=which not in self.short_lists)
+        row = await self._send(LIST_TASKS[status], user_id, alone=which not in self.short_lists)
         tasks: str = row[0]
         if len(tasks) > SHORT_LIST:
             self.short_lists.discard(which)
@@ -156,7 +175,7 @@ class Queries:
 
     async def get_task(self, user_id: str, task_id: int) -> str | None:
         """Return a task, or None where the caller has none with this id."""
-        task: str | None = (await self._send_together(GET_TASK, user_id, task_id))[0]
+        task: str | None = (await self._send(GET_TASK, user_id, task_id))[0]
         return task
 
     async def create_task(
@@ -167,8 +186,8 @@ class Queries:
         The key has the hash of the request behind it; None is returned where it came with another one before.
         """
         # With a key it may have to wait for another one, or give no row. What a trigger may do nobody knows.
-        send = self._send_alone if idempotency_key or self.has_triggers else self._send_together
-        row = await send(CREATE_TASK, user_id, idempotency_key, *values)
+        alone = idempotency_key is not None or self.has_triggers
+        row = await self._send(CREATE_TASK, user_id, idempotency_key, *values, alone=alone)
         return (row[0], row[1]) if row else None
 
     # The changes apply only to the versions that they are given, if any; None means no such task or no such version.
@@ -192,61 +211,66 @@ class Queries:
         """Delete a task; return whether there was one."""
         return await self._change(DELETE_TASK, user_id, task_id, versions) is not None
 
-    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> asyncpg.Record | None:
-        """Send a statement that changes a task, and return its row.
+    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Any:
+        """Send a statement that changes a task, and return its row or None.
 
         The changes of a task take turns here: in the database they would wait for its lock, each with a connection, and
         where somebody else holds that lock for long, soon nobody would have one.
         """
         turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
-        async with asyncio.timeout(TURN_TIMEOUT):
+        async with asyncio.timeout(TURN_TIMEOUT if turn.locked() else None):
             await turn.acquire()
         try:
-            return await self._send_alone(statement, user_id, task_id, *parameters)
+            return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
         finally:
             turn.release()
 
-    async def _send_alone(self, statement: str, user_id: str, *parameters: object) -> asyncpg.Record | None:
-        """Send a statement that changes something, and return its row."""
-        async with self._connection() as connection:
-            row: asyncpg.Record | None = await connection.fetchrow(statement, user_id, *parameters)
-            return row
+    async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Any:
+        """Return the row of a statement, or None if it gives none.
 
-    async def _send_together(
-        self, statement: str, user_id: str, *parameters: object, alone: bool = False
-    ) -> asyncpg.Record:
-        """Return the one row of a statement that waits for nobody's lock.
-
-        Those that come in one turn of the event loop share a message to the database, which executes the statement for
+        Unless it is to go alone, it shares a message to the database with the calls of the same statement that come in
+        the same turn of the event loop, or until the message before it is back. The database executes the statement for
         each caller in turn, in one transaction. Under load this halves the CPU that one takes here, and quarters that
         of the database.
         """
         loop = asyncio.get_running_loop()
-        call = Call((user_id, *parameters), loop.create_future())
+        call = Call((user_id, *parameters), loop.create_future(), contextvars.copy_context())
         if alone:
             self._start(statement, [call])
         else:
-            if not self.calls:
-                loop.call_soon(self._flush)
-            self.calls.setdefault(statement, []).append(call)
+            waiting = self.waiting[statement]
+            waiting.append(call)
+            if len(waiting) in (1, ENOUGH):
+                loop.call_soon(self._start_waiting, statement)
         return await call.row
 
-    def _flush(self) -> None:
-        waiting, self.calls = self.calls, {}
-        for statement, calls in waiting.items():
-            for start in range(0, len(calls), TOGETHER):
-                self._start(statement, calls[start : start + TOGETHER])
+    def _start_waiting(self, statement: str) -> None:
+        waiting, under_way = self.waiting[statement], self.under_way[statement]
 
-    def _start(self, statement: str, calls: list[Call], *, again: bool = False) -> None:
-        task = asyncio.create_task(self._send_batch(statement, calls, again))
-        self.sending.add(task)  # or it could be collected as garbage
-        task.add_done_callback(self.sending.discard)
+        def go_on(message: asyncio.Task[None]) -> None:
+            under_way.discard(message)
+            self._start_waiting(statement)
 
-    async def _send_batch(self, statement: str, calls: list[Call], again: bool) -> None:
+        waiting[:] = [call for call in waiting if not call.row.cancelled()]
+        while len(waiting) >= (ENOUGH if under_way else 1):
+            # In one order, or the messages of two processes could wait for each other's locks.
+            calls = sorted(waiting[:TOGETHER], key=lambda call: call.parameters[:2])
+            del waiting[:TOGETHER]
+            message = self._start(statement, calls)
+            under_way.add(message)
+            message.add_done_callback(go_on)
+            asyncio.get_running_loop().call_later(PATIENCE, go_on, message)
+
+    def _start(self, statement: str, calls: list[Call], *, again: bool = False) -> asyncio.Task[None]:
+        message = asyncio.create_task(self._send_message(statement, calls, again), context=calls[0].context)
+        self.sending.add(message)  # or it could be collected as garbage
+        message.add_done_callback(self.sending.discard)
+        return message
+
+    async def _send_message(self, statement: str, calls: list[Call], again: bool) -> None:
         """Send a statement for each of some callers; where one spoils it, or a read was lost, again for each alone."""
         try:
-            async with self._connection() as connection:
-                rows = await connection.fetchmany(statement, [call.parameters for call in calls])
+            rows = await self._rows(statement, calls)
             answers = list(zip(calls, rows, strict=True))
         except Exception as error:
             if isinstance(error, CONNECTION_LOST):
@@ -265,14 +289,23 @@ class Queries:
                 if not call.row.done():  # nobody waits any longer for one that was cancelled
                     call.row.set_result(row)
 
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Any]:
+    async def _rows(self, statement: str, calls: list[Call]) -> list[asyncpg.Record | None]:
+        """Send the statement for each of the calls, and return what each gives."""
         if not self.schema_applied:
             raise ConnectionError("the schema has not been applied yet")
+        text = statement if len(calls) > 1 else CHANGES.get(statement, statement)
         try:
-            async with self.pool.acquire(timeout=ACQUIRE_TIMEOUT) as connection:
-                yield connection
+            async with asyncio.timeout(ACQUIRE_TIMEOUT):
+                connection = await self.pool.acquire()
+            try:
+                rows: list[asyncpg.Record] = await connection.fetchmany(text, [call.parameters for call in calls])
+            finally:
+                await self.pool.release(connection)
         except (*CONNECTION_LOST, asyncpg.ReadOnlySQLTransactionError):
             # A restart has ended all the connections of the pool, a failover left them with what is a standby now.
             await self.pool.expire_connections()
             raise
+        if statement in CHANGES:  # where there is no such task, there is no row
+            found: dict[Any, asyncpg.Record] = {(row["user_id"], row["id"]): row for row in rows}
+            return [found.get(call.parameters[:2]) for call in calls]
+        return [*rows] or [None]

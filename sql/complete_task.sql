@@ -5,4 +5,5 @@ SET completed = coalesce($4, NOT completed),
 WHERE user_id = $1
   AND id = $2
   AND coalesce({version} = ANY($3::text[]), true)
-RETURNING {task}
+  AND {waiting}
+RETURNING {task}, {key}

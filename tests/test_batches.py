@@ -7,6 +7,8 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, ClassVar
 
 import asyncpg
@@ -81,20 +83,84 @@ def test_reads_of_one_moment_take_one_connection_and_later_ones_another(filled_u
         async with pool_and_queries(filled_url) as (pool, queries):
             await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:30]))
             assert pool.get_size() == 1
-            await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:100]))
-            assert pool.get_size() == 4
+            await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:96]))
+            assert pool.get_size() == 3
 
     asyncio.run(check())
 
 
+TRACE: ContextVar[str] = ContextVar("TRACE", default="none")
+
+
 class Spy(Connection):
-    """A connection that notes how many calls shared a message."""
+    """A connection that notes how many calls shared a message, in which trace it was sent, and why it failed if so."""
 
     sent: ClassVar[list[int]] = []
+    traces: ClassVar[list[str]] = []
+    failed: ClassVar[list[str]] = []
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         self.sent.append(len(args))
-        return await super().fetchmany(query, args, **options)
+        self.traces.append(TRACE.get())
+        try:
+            return await super().fetchmany(query, args, **options)
+        except Exception as error:
+            self.failed.append(type(error).__name__)
+            raise
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_seen() -> None:
+    for seen in (Spy.sent, Spy.traces, Spy.failed):
+        seen.clear()
+
+
+class Slow(Spy):
+    """One whose first message takes long."""
+
+    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+        rows = await super().fetchmany(query, args, **options)
+        if len(self.sent) == 1:
+            await asyncio.sleep(0.3)
+        return rows
+
+
+def test_what_comes_while_a_message_is_under_way_waits_for_it_but_not_for_long(
+    filled_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with pool_and_queries(filled_url, connection_class=Slow) as (_, queries):
+
+            async def come(*numbers: int) -> None:
+                """Read for as many users as each number says, a moment after the others."""
+                moments = []
+                for number in numbers:
+                    moments.append(asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:number])))
+                    await asyncio.sleep(0.005)
+                await asyncio.gather(*moments)
+
+            monkeypatch.setattr(sql, "PATIENCE", 10.0)
+            Slow.sent.clear()
+            await come(1, 1, 2, 1)
+            assert Slow.sent == [1, 4]
+            Slow.sent.clear()
+            await come(1, 10, 6, 20, 3)  # sixteen do not wait
+            assert Slow.sent == [1, 16, 20, 3]
+            Slow.sent.clear()
+            await come(40)
+            assert Slow.sent == [32, 8]
+
+            monkeypatch.setattr(sql, "PATIENCE", 0.05)
+            started = asyncio.get_running_loop().time()
+            Slow.sent.clear()
+            first = asyncio.create_task(queries.get_task("user-1", 1))
+            await asyncio.sleep(0.005)
+            await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:3]))
+            assert 0.04 < asyncio.get_running_loop().time() - started < 0.25
+            assert (Slow.sent, first.done()) == ([1, 3], False)
+            await first
+
+    asyncio.run(check())
 
 
 def test_a_list_shares_its_message_once_it_is_known_to_be_short(filled_url: str) -> None:
@@ -168,6 +234,46 @@ def test_reads_survive_the_loss_of_their_connections(filled_url: str) -> None:
     asyncio.run(check())
 
 
+def test_a_message_is_sent_in_the_trace_of_one_that_it_is_for(filled_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in that of the message before, for which it has waited."""
+    monkeypatch.setattr(sql, "PATIENCE", 10.0)
+
+    async def check() -> None:
+        async with pool_and_queries(filled_url, connection_class=Slow) as (_, queries):
+
+            async def read(user_id: str) -> None:
+                TRACE.set(f"trace of {user_id}")
+                await queries.get_task(user_id, 1)
+
+            reads = []
+            for user_id in USERS[1:4]:
+                reads.append(asyncio.create_task(read(user_id)))
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*reads)
+            assert (Slow.sent, Slow.traces) == ([1, 2], ["trace of user-1", "trace of user-2"])
+
+    asyncio.run(check())
+
+
+def test_who_no_longer_waits_is_not_sent(filled_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "PATIENCE", 10.0)
+
+    async def check() -> None:
+        async with pool_and_queries(filled_url, connection_class=Slow) as (_, queries):
+            Slow.sent.clear()
+            first = asyncio.create_task(queries.get_task("user-1", 1))
+            await asyncio.sleep(0.005)
+            reads = [asyncio.create_task(queries.get_task(user_id, 1)) for user_id in USERS[:9]]
+            await asyncio.sleep(0.005)
+            for read in reads[::3]:
+                read.cancel()
+            answers = await asyncio.gather(first, *reads, return_exceptions=True)
+            assert [isinstance(answer, asyncio.CancelledError) for answer in answers[1:]] == [True, False, False] * 3
+            assert Slow.sent == [1, 6]
+
+    asyncio.run(check())
+
+
 def test_who_no_longer_waits_for_a_read_disturbs_nobody(filled_url: str) -> None:
     async def check() -> None:
         async with pool_and_queries(filled_url) as (_, queries):
@@ -181,7 +287,7 @@ def test_who_no_longer_waits_for_a_read_disturbs_nobody(filled_url: str) -> None
     asyncio.run(check())
 
 
-# --- Creations
+# --- Creations and changes
 
 
 @pytest.fixture
@@ -192,7 +298,6 @@ def empty_url(new_database: Callable[[], str]) -> str:
 def test_what_a_thousand_users_create_at_once_is_what_each_has(empty_url: str) -> None:
     async def check() -> None:
         async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
-            Spy.sent.clear()
             made = await asyncio.gather(
                 *(queries.create_task(user_id, None, [f"of {user_id}", None, False]) for user_id in USERS)
             )
@@ -250,6 +355,156 @@ def test_creations_that_are_lost_with_their_connection_are_not_sent_again(empty_
     asyncio.run(check())
 
 
+async def make_tasks(pool: asyncpg.Pool, users: list[str]) -> dict[str, int]:
+    """Give each of the users a task; return their ids."""
+    made = "INSERT INTO task (user_id, title) SELECT unnest($1::text[]), 'a task' RETURNING user_id, id"
+    return {row[0]: row[1] for row in await pool.fetch(made, users)}
+
+
+def test_what_a_thousand_users_change_at_once_is_what_each_has(empty_url: str) -> None:
+    """With the tasks of others, versions that have moved on, and ids that nobody has among them."""
+
+    async def check() -> None:
+        async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
+            ids = await make_tasks(pool, USERS)
+            tasks = {user_id: json.loads(str(await queries.get_task(user_id, ids[user_id]))) for user_id in USERS}
+            Spy.sent.clear()
+            changes: list[tuple[Callable[[], Any], object]] = []  # each with the fields that it is to give, or not
+            for number, (user_id, task) in enumerate(tasks.items()):
+                others, now, never = ids[USERS[number - 1]], [task["updated_at"]], ["never"]
+                fields = [(True, f"of {user_id}"), (False, None), (False, None)]
+                own: list[tuple[Callable[[], Any], object]] = [
+                    (partial(queries.complete_task, user_id, task["id"], None, None), {"completed": True}),
+                    (partial(queries.update_task, user_id, task["id"], now, fields), {"title": f"of {user_id}"}),
+                    (partial(queries.delete_task, user_id, task["id"], now), True),
+                    (partial(queries.update_task, user_id, task["id"], never, fields), None),
+                    (partial(queries.delete_task, user_id, task["id"], never), False),
+                ]
+                foreign: list[tuple[Callable[[], Any], object]] = [
+                    (partial(queries.complete_task, user_id, others, None, True), None),
+                    (partial(queries.delete_task, user_id, others, None), False),
+                    (partial(queries.update_task, user_id, 2**62, None, fields), None),
+                ]
+                changes += [own[number % 5], foreign[number % 3]]
+            random.Random(7).shuffle(changes)
+            answers = await asyncio.gather(*(change() for change, _ in changes))
+            assert max(Spy.sent) == 32
+            assert Spy.failed == []
+            changed = {}
+            for (change, expected), answer in zip(changes, answers, strict=True):
+                if isinstance(expected, dict):
+                    user_id = change.args[0]  # type: ignore[attr-defined]
+                    changed[user_id] = json.loads(answer)
+                    assert changed[user_id] == tasks[user_id] | expected | {
+                        "updated_at": changed[user_id]["updated_at"]
+                    }
+                else:
+                    assert answer is expected
+            settings = await asyncio.gather(*(pool.fetchval("SHOW lock_timeout") for _ in range(4)))
+            assert settings == ["0"] * 4  # nothing is left in a session
+            for number, (user_id, task) in enumerate(tasks.items()):
+                found = await queries.get_task(user_id, task["id"])
+                left = None if number % 5 == 2 else changed.get(user_id, task)
+                assert (json.loads(found) if found else None) == left
+
+    asyncio.run(check())
+
+
+def test_a_change_that_fails_fails_alone_and_the_others_are_made_once(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
+            ids = await make_tasks(pool, USERS[:20])
+            titles = {"user-3": "NUL\0", "user-4": "x" * 201, "user-5": " ", "user-6": "\ud800"}
+            puts = [
+                queries.update_task(
+                    user_id, ids[user_id], None, [(True, titles.get(user_id, "new")), (False, None), (False, None)]
+                )
+                for user_id in USERS[:20]
+            ]
+            answers = await asyncio.gather(*puts, return_exceptions=True)
+            assert [isinstance(answer, Exception) for answer in answers] == [3 <= n <= 6 for n in range(20)]
+            await pool.execute("ALTER TABLE task ADD CONSTRAINT own CHECK (user_id <> 'user-9' OR NOT completed)")
+            toggles = [queries.complete_task(user_id, ids[user_id], None, None) for user_id in USERS[:20]]
+            answers = await asyncio.gather(*toggles, return_exceptions=True)
+            assert [isinstance(answer, asyncpg.CheckViolationError) for answer in answers] == [
+                n == 9 for n in range(20)
+            ]
+            rows = await pool.fetch("SELECT user_id, completed FROM task")
+            assert {row[0]: row[1] for row in rows} == {user_id: user_id != "user-9" for user_id in USERS[:20]}
+            assert len(Spy.failed) == 4 + 1 + 2  # each message that they were in, and then they alone
+
+    asyncio.run(check())
+
+
+def test_changes_do_not_wait_for_the_lock_that_one_of_them_waits_for(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
+            ids = await make_tasks(pool, USERS[:20])
+            admin = await asyncpg.connect(empty_url)
+            lock = admin.transaction()
+            await lock.start()
+            await admin.execute("SELECT FROM task WHERE user_id = 'user-7' FOR UPDATE")
+            toggles = [
+                asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None)) for user_id in USERS[:20]
+            ]
+            try:
+                async with asyncio.timeout(1):
+                    await asyncio.gather(*toggles[:7], *toggles[8:])
+                await asyncio.sleep(0.5)
+                assert not toggles[7].done()  # alone it waits for as long as it takes
+            finally:
+                await lock.rollback()
+            await toggles[7]
+            assert Spy.failed == ["LockNotAvailableError"]
+            assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 20
+            await admin.close()
+
+    asyncio.run(check())
+
+
+def test_processes_that_change_the_same_tasks_do_not_wait_for_each_other(empty_url: str) -> None:
+    async def check() -> None:
+        async with (
+            pool_and_queries(empty_url, connection_class=Spy) as (pool, one),
+            pool_and_queries(empty_url, connection_class=Spy) as (_, other),
+        ):
+            ids = await make_tasks(pool, USERS[:30])
+            for _ in range(50):
+                toggles = [one.complete_task(user_id, ids[user_id], None, None) for user_id in USERS[:30]]
+                toggles += [other.complete_task(user_id, ids[user_id], None, None) for user_id in USERS[29::-1]]
+                assert all(await asyncio.gather(*toggles))
+            assert Spy.failed == []
+            assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 0
+
+    asyncio.run(check())
+
+
+def test_changes_that_are_lost_with_their_connection_are_not_sent_again(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url) as (pool, queries):
+            ids = await make_tasks(pool, USERS[:20])
+            admin = await asyncpg.connect(empty_url)
+            lock = admin.transaction()
+            await lock.start()
+            await admin.execute("LOCK TABLE task IN SHARE MODE")
+            toggles = [
+                asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None)) for user_id in USERS[:20]
+            ]
+            ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while not await admin.fetch(ended):
+                await asyncio.sleep(0.02)
+            try:
+                async with asyncio.timeout(5):
+                    answers = await asyncio.gather(*toggles, return_exceptions=True)
+            finally:
+                await lock.rollback()
+            assert all(isinstance(answer, sql.CONNECTION_LOST) for answer in answers)
+            assert await admin.fetchval("SELECT count(*) FROM task WHERE completed") == 0
+            await admin.close()
+
+    asyncio.run(check())
+
+
 TRIGGERS = {
     "a trigger that swallows rows": """
         CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
@@ -265,9 +520,9 @@ TRIGGERS = {
 
 
 @pytest.mark.parametrize("trigger", TRIGGERS.values(), ids=TRIGGERS)
-def test_a_trigger_for_one_user_does_nothing_to_the_creations_of_others(empty_url: str, trigger: str) -> None:
+def test_a_trigger_for_one_user_does_nothing_to_the_writes_of_others(empty_url: str, trigger: str) -> None:
     async def check() -> None:
-        async with pool_and_queries(empty_url) as (_, queries):
+        async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
             admin = await asyncpg.connect(empty_url)
             await admin.execute(trigger)
             await queries.apply_schema()  # as every start does
@@ -281,6 +536,11 @@ def test_a_trigger_for_one_user_does_nothing_to_the_creations_of_others(empty_ur
                 assert all(await asyncio.gather(*others))
             await lock.rollback()
             assert (await of_one is None) == ("swallow" in trigger)
+
+            ids = await make_tasks(pool, USERS[8:30])
+            Spy.sent.clear()
+            await asyncio.gather(*(queries.complete_task(user_id, ids[user_id], None, None) for user_id in ids))
+            assert set(Spy.sent) == {1}
             await admin.close()
 
     asyncio.run(check())
