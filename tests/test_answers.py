@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import struct
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -421,3 +423,24 @@ def test_the_log_holds_no_token_and_no_query_string(configured: Service) -> None
 def test_the_log_holds_no_secret(configured: Service) -> None:
     assert SECRET not in configured.log
     assert configured.database_url not in configured.log
+
+
+# --- On the wire -----------------------------------------------------------------------------------------------------
+
+DATA_SEGMENTS_IN = 152  # the place of tcpi_data_segs_in in Linux's struct tcp_info
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="only Linux counts the packets of a connection")
+def test_an_answer_comes_in_one_packet(service: Service, alice: Client) -> None:
+    """And not its head and then its body, each of which takes a system call and wakes the client up."""
+    path = f"/api/tasks/{alice.create()['id']}"
+    request = f"GET {path} HTTP/1.1\r\nHost: here\r\nAuthorization: {alice.headers['Authorization']}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for _ in range(20):
+            connection.sendall(request)
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    assert struct.unpack_from("I", info, DATA_SEGMENTS_IN) == (20,)

@@ -151,7 +151,7 @@ def test_every_setting_is_in_the_table_and_in_the_example() -> None:
     read = set(re.findall(r'"([A-Z]+(?:_[A-Z]+)*)"', source.split("\n# --- Errors")[0]))
     listed = {name for row in table("Settings") for name in re.findall("`([A-Z_]+)`", row[0])}
     example = set(re.findall("^([A-Z_]+)=$", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    assert listed == example == read | {"FORWARDED_ALLOW_IPS"}  # which uvicorn reads by itself
+    assert listed == example == read
 
 
 def test_every_default_is_the_real_one() -> None:
