@@ -1130,7 +1130,7 @@ class State(TypedDict):
 class TracedConnection(Connection):
     """A connection that gives OpenTelemetry a span for each statement, with its text and without its parameters.
 
-    Statements that share a message share a span, in the trace of the first of them.
+    Statements that share a message share a span, in the trace of one of them.
     """
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:

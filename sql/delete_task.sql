@@ -1,4 +1,4 @@
--- The id of the deleted task, or no row. $2: its id, $3: see update_task.sql.
+-- The key of the deleted task, or no row. $2: its id, $3: see update_task.sql.
 DELETE FROM task
 WHERE user_id = $1
   AND id = $2

@@ -1,5 +1,5 @@
--- The changed task, or no row. $2: its id, $3: the versions to change, or null for any. Then for each field of a task, in
--- their order, whether to set it, and to what.
+-- The changed task and its key, or no row. $2: its id, $3: the versions to change, or null for any. Then for each field of
+-- a task, in their order, whether to set it, and to what.
 UPDATE task
 SET title = CASE WHEN $4 THEN $5 ELSE title END,
     description = CASE WHEN $6 THEN $7 ELSE description END,
