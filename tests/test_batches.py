@@ -121,7 +121,7 @@ class Slow(Spy):
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         rows = await super().fetchmany(query, args, **options)
         if len(self.sent) == 1:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.6)
         return rows
 
 
@@ -145,7 +145,7 @@ def test_what_comes_while_a_message_is_under_way_waits_for_it_but_not_for_long(
             assert Slow.sent == [1, 4]
             Slow.sent.clear()
             await come(1, 10, 6, 20, 3)  # sixteen do not wait
-            assert Slow.sent == [1, 16, 20, 3]
+            assert sorted(Slow.sent) == [1, 3, 16, 20]
             Slow.sent.clear()
             await come(40)
             assert Slow.sent == [32, 8]
@@ -156,7 +156,7 @@ def test_what_comes_while_a_message_is_under_way_waits_for_it_but_not_for_long(
             first = asyncio.create_task(queries.get_task("user-1", 1))
             await asyncio.sleep(0.005)
             await asyncio.gather(*(queries.get_task(user_id, 1) for user_id in USERS[:3]))
-            assert 0.04 < asyncio.get_running_loop().time() - started < 0.25
+            assert 0.04 < asyncio.get_running_loop().time() - started < 0.5
             assert (Slow.sent, first.done()) == ([1, 3], False)
             await first
 
