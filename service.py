@@ -1303,9 +1303,9 @@ class Packets:
         self.written.append(data)
 
     def send(self) -> None:
-        if self.written and not self.transport.is_closing():
-            self.transport.writelines(self.written)
-        self.written = []
+        written, self.written = self.written, []
+        if written and not self.transport.is_closing():
+            self.transport.writelines(written)
 
     def close(self) -> None:
         self.send()
@@ -1313,13 +1313,14 @@ class Packets:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, but for how it writes, and for trailer fields.
-
-    They do not become headers here (RFC 9110, section 6.5.1).
-    """
+    """uvicorn's protocol, but for how it writes, and that trailers become no headers (RFC 9110, section 6.5.1)."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Packets(transport, self.loop))  # type: ignore[arg-type]
+        self.packets = Packets(transport, self.loop)
+        super().connection_made(self.packets)  # type: ignore[arg-type]
+
+    def eof_received(self) -> None:
+        self.packets.send()  # before the transport closes itself
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()

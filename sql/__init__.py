@@ -218,7 +218,7 @@ class Queries:
         where somebody else holds that lock for long, soon nobody would have one.
         """
         turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
-        async with asyncio.timeout(TURN_TIMEOUT if turn.locked() else None):
+        async with asyncio.timeout(TURN_TIMEOUT):
             await turn.acquire()
         try:
             return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
@@ -240,7 +240,7 @@ class Queries:
         else:
             waiting = self.waiting[statement]
             waiting.append(call)
-            if len(waiting) in (1, ENOUGH):
+            if len(waiting) in (1, ENOUGH):  # the first of them, and who need not wait
                 loop.call_soon(self._start_waiting, statement)
         return await call.row
 
@@ -279,7 +279,8 @@ class Queries:
                 repeatable = len(calls) > 1 and isinstance(error, asyncpg.PostgresError)  # none of it was done
             if repeatable and not again:
                 for call in calls:
-                    self._start(statement, [call], again=True)
+                    if not call.row.cancelled():
+                        self._start(statement, [call], again=True)
                 return
             for call in calls:
                 if not call.row.done():
@@ -300,7 +301,7 @@ class Queries:
             try:
                 rows: list[asyncpg.Record] = await connection.fetchmany(text, [call.parameters for call in calls])
             finally:
-                await self.pool.release(connection)
+                await self.pool.release(connection, timeout=ACQUIRE_TIMEOUT)
         except (*CONNECTION_LOST, asyncpg.ReadOnlySQLTransactionError):
             # A restart has ended all the connections of the pool, a failover left them with what is a standby now.
             await self.pool.expire_connections()
