@@ -1350,7 +1350,7 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=SHUTDOWN_GRACE,
         http="service:HttpProtocol",
         access_log=False,
-        proxy_headers=False,  # nothing here depends on the client's address, or on the scheme
+        proxy_headers=False,  # no answer depends on the client's address, or on the scheme
         server_header=False,
         log_config=None,
         lifespan="on",

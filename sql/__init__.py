@@ -65,8 +65,9 @@ VERSION = """to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"
 KEY = "user_id, id"
 # {status}: which tasks to list. As text and not as a parameter, so that one plan of each is enough.
 STATUSES = {"all": "true", "pending": "NOT completed", "completed": "completed"}
-# {waiting}: how long to wait for somebody else's lock on a row. Alone, until COMMAND_TIMEOUT; together with others, who
-# wait too, hardly: it is then sent again alone. The setting is for the transaction, which is the message.
+# {waiting}: how long to wait for somebody else's lock on a row. A statement that is alone in its message waits until
+# COMMAND_TIMEOUT. One that shares it would keep the others waiting: it gives up soon, and each is then sent alone.
+# The setting holds for the transaction, which is the message.
 WAITING = {"alone": "true", "together": "set_config('lock_timeout', '50ms', true) IS NOT NULL"}
 
 
@@ -229,9 +230,9 @@ class Queries:
         """Return the row of a statement, or None if it gives none.
 
         Unless it is to go alone, it shares a message to the database with the calls of the same statement that come in
-        the same turn of the event loop, or until the message before it is back. The database executes the statement for
-        each caller in turn, in one transaction. Under load this halves the CPU that one takes here, and quarters that
-        of the database.
+        the same turn of the event loop. Where such a message is under way, it waits for the next one: until the first
+        is back, ENOUGH wait, or PATIENCE is over. The database executes the statement for each caller in turn, in one
+        transaction. Under load this halves the CPU that one takes here, and quarters that of the database.
         """
         loop = asyncio.get_running_loop()
         call = Call((user_id, *parameters), loop.create_future(), contextvars.copy_context())

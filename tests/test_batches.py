@@ -330,31 +330,6 @@ def test_a_creation_that_fails_fails_alone(empty_url: str) -> None:
     asyncio.run(check())
 
 
-def test_creations_that_are_lost_with_their_connection_are_not_sent_again(empty_url: str) -> None:
-    async def check() -> None:
-        async with pool_and_queries(empty_url) as (_, queries):
-            admin = await asyncpg.connect(empty_url)
-            lock = admin.transaction()
-            await lock.start()
-            await admin.execute("LOCK TABLE task IN SHARE MODE")
-            creations = [
-                asyncio.create_task(queries.create_task(user_id, None, ["x", None, False])) for user_id in USERS[:20]
-            ]
-            ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            while not await admin.fetch(ended):
-                await asyncio.sleep(0.02)
-            try:
-                async with asyncio.timeout(5):  # what is sent again waits for the lock again
-                    answers = await asyncio.gather(*creations, return_exceptions=True)
-            finally:
-                await lock.rollback()
-            assert all(isinstance(answer, sql.CONNECTION_LOST) for answer in answers)
-            assert await admin.fetchval("SELECT count(*) FROM task") == 0
-            await admin.close()
-
-    asyncio.run(check())
-
-
 async def make_tasks(pool: asyncpg.Pool, users: list[str]) -> dict[str, int]:
     """Give each of the users a task; return their ids."""
     made = "INSERT INTO task (user_id, title) SELECT unnest($1::text[]), 'a task' RETURNING user_id, id"
@@ -479,26 +454,32 @@ def test_processes_that_change_the_same_tasks_do_not_wait_for_each_other(empty_u
     asyncio.run(check())
 
 
-def test_changes_that_are_lost_with_their_connection_are_not_sent_again(empty_url: str) -> None:
+@pytest.mark.parametrize("kind", ["create", "toggle"])
+def test_writes_that_are_lost_with_their_connection_are_not_sent_again(empty_url: str, kind: str) -> None:
     async def check() -> None:
         async with pool_and_queries(empty_url) as (pool, queries):
-            ids = await make_tasks(pool, USERS[:20])
+            users = USERS[:20]
+            ids = await make_tasks(pool, users)
             admin = await asyncpg.connect(empty_url)
             lock = admin.transaction()
             await lock.start()
             await admin.execute("LOCK TABLE task IN SHARE MODE")
-            toggles = [
-                asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None)) for user_id in USERS[:20]
+            writes: list[asyncio.Task[object]] = [
+                asyncio.create_task(queries.create_task(user_id, None, ["x", None, False]))
+                if kind == "create"
+                else asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None))
+                for user_id in users
             ]
             ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             while not await admin.fetch(ended):
                 await asyncio.sleep(0.02)
             try:
-                async with asyncio.timeout(5):
-                    answers = await asyncio.gather(*toggles, return_exceptions=True)
+                async with asyncio.timeout(5):  # what is sent again waits for the lock again
+                    answers = await asyncio.gather(*writes, return_exceptions=True)
             finally:
                 await lock.rollback()
             assert all(isinstance(answer, sql.CONNECTION_LOST) for answer in answers)
+            assert await admin.fetchval("SELECT count(*) FROM task") == 20
             assert await admin.fetchval("SELECT count(*) FROM task WHERE completed") == 0
             await admin.close()
 

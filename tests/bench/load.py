@@ -132,21 +132,22 @@ def measure(url: str, script: Path, server: psutil.Process, postgres: psutil.Pro
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def settle() -> None:
-        """Wait until the server is done with what wrk has asked and did not wait for."""
-        before = -1.0
-        while (now := cpu_seconds(server)) > before + 0.02:
+        """Wait until the server is done with what wrk has asked and did not wait for, or for half a minute."""
+        before, deadline = -1.0, time.monotonic() + 30
+        while (now := cpu_seconds(server)) > before + 0.02 and time.monotonic() < deadline:
             before = now
             time.sleep(0.2)
 
     wrk(1)
-    count = 0
-    while not count:  # where nothing was answered in that time, give it more
+    for longer in (1, 4, 16):  # where nothing was answered in that time
         settle()
         before, postgres_before = cpu_seconds(server), cpu_seconds(postgres)
-        said = wrk(seconds)
+        said = wrk(seconds * longer)
         cpu, postgres_cpu = cpu_seconds(server) - before, cpu_seconds(postgres) - postgres_before
-        count = int(re.findall(r"(\d+) requests in", said)[0])
-        seconds *= 2
+        if count := int(re.findall(r"(\d+) requests in", said)[0]):
+            break
+    else:
+        raise RuntimeError(f"{script.stem}: nothing was answered in {seconds * longer} seconds")
     for failed in re.findall("Non-2xx or 3xx responses: .*|Socket errors: .*", said):
         print(f"  {script.stem}: {failed}", file=sys.stderr)
     units = {"us": 0.001, "ms": 1.0, "s": 1000.0}
