@@ -95,7 +95,9 @@ class Project:
                 if client.get("/health/ready").status_code == 200:
                     return
             time.sleep(0.05)
-        raise AssertionError(f"it does not serve:\n{self.output.read_text()}\n{self.errors.read_text()}")
+        log = self.folder / ".postgres" / "log"
+        said = [file.read_text() for file in (self.output, self.errors, log) if file.exists()]
+        raise AssertionError("\n".join(["it does not serve:", *said]))
 
     def stop(self, how: signal.Signals = signal.SIGTERM, *, group: bool = False) -> int | None:
         """Stop the service by a signal to it, or to all of its group as Ctrl-C in a terminal does."""
@@ -114,7 +116,12 @@ class Project:
         return found
 
     def postgres(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if process.name() == "postgres"]
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a backend may end any moment
+                if process.name() == "postgres":
+                    found.append(process)
+        return found
 
     def authorization(self, user_id: str = "alice", **variables: str) -> dict[str, str]:
         """Return the header with what the `token` command prints."""
