@@ -454,7 +454,7 @@ async def read_json(request: Request, *, optional: bool = False) -> object:
     if optional and not content:
         return {}
     try:
-        return json.loads(content.decode(), parse_float=finite, parse_int=finite, parse_constant=finite)
+        return JSON.decode(content.decode())
     except (ValueError, RecursionError):
         raise ApiError(400) from None
 
@@ -465,6 +465,9 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError("a number is out of range")
     return number
+
+
+JSON = json.JSONDecoder(parse_float=finite, parse_int=finite, parse_constant=finite)
 
 
 # --- Conditions: what makes a request safe to repeat, and to race -----------------------------------------------------
