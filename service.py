@@ -40,7 +40,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
@@ -57,7 +57,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import Multiprocess
 
 from sql import COMMAND_TIMEOUT, STATUSES, Connection, Queries
@@ -1230,6 +1231,8 @@ def create_app(settings: Settings) -> ASGIApp:
 EMBEDDED = Path(__file__).resolve().parent / ".postgres"
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
+HEAD_LIMIT = 65_536  # bytes of the head of a request that may come before it is complete
+HEAD_TIMEOUT = 15.0  # seconds from its first bytes to its last
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped
 STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
 
@@ -1313,21 +1316,86 @@ class Packets:
     def close(self) -> None:
         self.send()
         self.transport.close()
+        if self.transport.get_write_buffer_size():  # for whoever does not read it, it would be kept for ever
+            self.loop.call_later(KEEP_ALIVE, self.transport.abort)
+
+
+class Flow(FlowControl):
+    """uvicorn's control of when to read on, but that it never does while requests that have been read wait."""
+
+    def __init__(self, transport: Packets, pipeline: Collection[object]) -> None:
+        super().__init__(transport)  # type: ignore[arg-type]
+        self.pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self.pipeline:
+            super().resume_reading()
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, but for how it writes, and that trailers become no headers (RFC 9110, section 6.5.1)."""
+    """uvicorn's protocol with limits on what a connection may hold, for how long, and with all its answers.
+
+    It has a connection that sends nothing closed, and half a head, and one of too many bytes. When a client has no more
+    to send, or sends what is no request, it still gets the answers to its requests before. Trailers become no headers
+    (RFC 9110, section 6.5.1).
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.packets = Packets(transport, self.loop)
         super().connection_made(self.packets)  # type: ignore[arg-type]
+        self.flow = Flow(self.packets, self.pipeline)
+        self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE, self.timeout_keep_alive_handler)
+        self.in_head = False
+        self.head_size = 0
+        self.head_timeout: asyncio.TimerHandle | None = None
 
-    def eof_received(self) -> None:
-        self.packets.send()  # before the transport closes itself
+    def data_received(self, data: bytes) -> None:
+        self.head_size += len(data)
+        super().data_received(data)
+        if self.in_head:
+            if not self.head_timeout:
+                detail = f"The head of a request must arrive within {HEAD_TIMEOUT:.0f} seconds"
+                self.head_timeout = self.loop.call_later(HEAD_TIMEOUT, self.refuse, 408, detail)
+            if self.head_size > HEAD_LIMIT:
+                self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.in_head, self.head_size = True, 0
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self.headers = []  # in which nobody reads what comes from here on
+        self.in_head = False
+        if self.head_timeout:
+            self.head_timeout.cancel()
+            self.head_timeout = None
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        self.packets.send()  # before the transport closes itself
+        return self.close_after_answers()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(400, msg)
+
+    def refuse(self, status: int, detail: str) -> None:
+        """Answer what is no request, unless answers to those before are due, and close the connection."""
+        if self.packets.is_closing():
+            return
+        self.packets.pause_reading()
+        if not self.close_after_answers():
+            body = json.dumps({"detail": detail}).encode()
+            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            self.packets.write(STATUS_LINE[status] + head + body)
+            self.packets.close()
+
+    def close_after_answers(self) -> bool:
+        """Have the connection closed after the last answer that is due; return whether there is any."""
+        last: RequestResponseCycle = self.pipeline[0][0] if self.pipeline else self.cycle
+        due = bool(last) and not last.response_complete and not last.more_body
+        if due:
+            last.keep_alive = False
+        return due
 
 
 class Supervisor(Multiprocess):

@@ -16,6 +16,7 @@ from typing import Any, LiteralString
 
 import httpx
 import jwt
+import psutil
 import psycopg
 
 from tests.postgres import free_port
@@ -102,6 +103,11 @@ class Service:
     @property
     def log(self) -> str:
         return self.output.read_text()
+
+    @property
+    def memory(self) -> float:
+        """The megabytes that its first process has in memory."""
+        return float(psutil.Process(self.process.pid).memory_info().rss / 1e6)
 
     def wait_until_healthy(self, seconds: float = 20) -> None:
         self.wait_for("/health", seconds)

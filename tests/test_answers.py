@@ -6,8 +6,6 @@ import json
 import re
 import socket
 import struct
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +14,7 @@ import httpx
 import pytest
 
 from tests.conftest import new_user_id
-from tests.service_process import ROOT, SECRET, Client, Service, environment, token
+from tests.service_process import SECRET, Client, Service, token
 
 APP, OTHER_APP = "https://app.example.com", "http://localhost:4321"
 
@@ -446,29 +444,3 @@ def test_an_answer_comes_in_one_packet(service: Service, alice: Client) -> None:
             assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     assert struct.unpack_from("I", info, DATA_SEGMENTS_IN) == (20,)
-
-
-HALF_CLOSED = """
-import service
-
-class Transport:
-    sent = []
-    is_closing = lambda self: False
-    writelines = lambda self, parts: self.sent.extend(parts)
-
-class Loop:
-    call_soon = lambda self, callback: None  # which does not come any more
-
-protocol = service.HttpProtocol.__new__(service.HttpProtocol)
-protocol.packets = service.Packets(Transport(), Loop())
-protocol.packets.write(b"head")
-protocol.packets.write(b"body")
-print([*Transport.sent], protocol.eof_received(), Transport.sent)
-"""
-
-
-def test_an_answer_is_sent_before_the_connection_goes_that_the_client_has_closed_on_its_side() -> None:
-    """What the transport does as soon as it has read the end, even where the answer was to go in the same turn."""
-    settings = environment(DATABASE_URL="postgresql://localhost", BETTER_AUTH_SECRET=SECRET)
-    found = subprocess.run([sys.executable, "-c", HALF_CLOSED], cwd=ROOT, env=settings, capture_output=True, text=True)
-    assert found.stdout == "[] None [b'head', b'body']\n", found.stderr

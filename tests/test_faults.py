@@ -382,11 +382,6 @@ async def test_a_locked_row_starves_nobody(postgres: Postgres, service: Service,
     )
 
 
-def memory_of(service: Service) -> float:
-    """Return the megabytes that the process has in memory."""
-    return float(psutil.Process(service.process.pid).memory_info().rss / 1e6)
-
-
 async def flood(service: Service, seconds: float, callers: list[Caller]) -> tuple[list[Answer], list[Answer]]:
     """Have all callers create and list tasks without a pause; return the answers to the creations and to the lists."""
     created: list[Answer] = []
@@ -410,7 +405,7 @@ async def test_a_flood_of_requests_is_answered_or_refused_and_leaves_nothing_beh
     async with AsyncExitStack() as stack:
         callers = [await stack.enter_async_context(Caller(service, f"user-{number}")) for number in range(300)]
         await flood(service, 3, callers)
-        memory = memory_of(service)
+        memory = service.memory
         created, listed = await flood(service, 5, callers)
         # And now the database cannot keep up: two connections make 40 tasks a second.
         slow = "BEGIN PERFORM pg_sleep(0.05); RETURN new; END"
@@ -428,7 +423,7 @@ async def test_a_flood_of_requests_is_answered_or_refused_and_leaves_nothing_beh
     assert slowest < 15
     assert {answer.status for answer in again + listed_again} == {200, 201}
     assert time.monotonic() - after < 2
-    grown = memory_of(service) - memory
+    grown = service.memory - memory
     assert grown < 10
     assert not re.search("Traceback|status=500", service.log)
     refused = [answer for answer in held_up + listed_meanwhile if answer.status == 503]
@@ -512,9 +507,9 @@ async def test_two_hundred_thousand_requests_leave_nothing_behind(
 ) -> None:
     process = psutil.Process(service.process.pid)
     await asyncio.gather(*(live(service, 60) for _ in range(32)))
-    memory, files = memory_of(service), process.num_fds()
+    memory, files = service.memory, process.num_fds()
     sent = sum(await asyncio.gather(*(live(service, 625) for _ in range(32))))
-    grown = memory_of(service) - memory
+    grown = service.memory - memory
     [(connections,)] = execute(postgres.url(), "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%task%'")
     assert sent == 200_000
     assert grown < 10

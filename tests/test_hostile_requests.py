@@ -3,18 +3,23 @@ way to somebody else's tasks."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import select
+import shutil
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import psutil
 import pytest
 
-from tests.service_process import Client, Service
+from tests.service_process import ROOT, Client, Service
 
 NOT_JSON = {"detail": "The body must be valid JSON, encoded as UTF-8"}
 NOT_AN_OBJECT = {"detail": "body must be an object", "errors": [{"field": "body", "message": "must be an object"}]}
@@ -613,6 +618,135 @@ def test_requests_in_one_packet_are_answered_in_order_each_to_its_own_caller(
     assert answers[0].json() == answers[5].json() == {"items": [task]}
     assert (answers[2].json(), answers[4].json()) == ({"items": [other]}, TASK_NOT_FOUND)
     assert bob.tasks() == [answers[3].json(), other]
+
+
+@pytest.mark.parametrize("more", [0, 5])
+def test_who_has_no_more_to_send_still_gets_every_answer(service: Service, alice: Client, more: int) -> None:
+    for _ in range(20):
+        with Raw(service) as connection:
+            connection.send("POST /api/tasks", bearer(alice), "Content-Length: 14", content=b'{"title": "x"}')
+            for _ in range(more):
+                connection.send("GET /api/tasks", bearer(alice))
+            connection.socket.shutdown(socket.SHUT_WR)
+            assert [connection.answer().status for _ in range(1 + more)] == [201] + [200] * more
+            assert connection.is_closed()
+
+
+@pytest.mark.parametrize("in_one_packet", [True, False])
+def test_what_follows_a_request_and_is_none_does_not_take_its_answer(
+    service: Service, alice: Client, in_one_packet: bool
+) -> None:
+    for number in range(20):
+        garbage = b"\0garbage\r\n\r\n"
+        with Raw(service) as connection:
+            content = b'{"title": "x"}' + (garbage if in_one_packet else b"")
+            connection.send("POST /api/tasks", bearer(alice), "Content-Length: 14", content=content)
+            connection.socket.sendall(garbage)
+            assert connection.answer().status == 201
+            assert connection.is_closed()
+        assert len(alice.tasks()) == number + 1
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [(b"GET /", b"x" * 10_000), (b"GET / HTTP/1.1\r\nX: ", b"x" * 10_000), (b"GET / HTTP/1.1\r\n", b"X: x\r\n" * 2000)],
+)
+def test_a_head_without_end_is_refused(service: Service, raw: Raw, start: bytes, more: bytes) -> None:
+    sent = 0
+    raw.socket.sendall(start)
+    with contextlib.suppress(ConnectionError):
+        while sent < 20_000_000:
+            sent += raw.socket.send(more)
+    assert sent < 10_000_000  # most of which waits in the buffers of the sockets
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(start)
+        for _ in range(20):
+            time.sleep(0.001)
+            connection.sendall(more[:5000])
+            if select.select([connection], [], [], 0)[0]:
+                break
+        connection.settimeout(5)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_large_head_with_an_end_is_served(alice: Client, raw: Raw) -> None:
+    for number in range(3):
+        raw.send("GET /api/tasks", bearer(alice), *[f"X-{number}: {'x' * 5000}" for number in range(12)])
+        assert (raw.answer().status, number) == (200, number)
+
+
+def test_of_a_flood_of_requests_on_one_connection_little_is_held(service: Service) -> None:
+    """What has been read waits for the answers before, and nothing is read meanwhile."""
+    request = b"GET /health HTTP/1.1\r\n\r\n"
+    largest = before = service.memory
+    with Raw(service) as connection:
+        sender = threading.Thread(target=connection.socket.sendall, args=[request * 50_000])
+        sender.start()
+        for number in range(50_000):
+            assert connection.answer().status == 200
+            if number % 100 == 0:
+                largest = max(largest, service.memory)
+        sender.join()
+    assert largest < before + 60
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[], str]) -> Iterator[Service]:
+    """A service that closes connections sooner."""
+    folder = tmp_path_factory.mktemp("impatient")
+    shutil.copytree(ROOT / "sql", folder / "sql", ignore=shutil.ignore_patterns("__pycache__"))
+    program = (ROOT / "service.py").read_text()
+    for name, seconds in (("KEEP_ALIVE = 95", "KEEP_ALIVE = 1"), ("HEAD_TIMEOUT = 15.0", "HEAD_TIMEOUT = 0.5")):
+        assert name in program
+        program = program.replace(name, seconds)
+    (folder / "service.py").write_text(program)
+    service = Service(new_database(), folder=folder)
+    service.wait_until_ready()
+    yield service
+    service.remove()
+
+
+def test_a_connection_that_sends_nothing_is_closed(impatient: Service) -> None:
+    with Raw(impatient) as connection:
+        assert connection.is_closed()
+
+
+@pytest.mark.parametrize("before", ["", "GET /health HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("start", ["GET /", "GET /health HTTP/1.1\r\nHost: "])
+def test_half_a_head_is_not_waited_for_longer_than_for_a_while(impatient: Service, before: str, start: str) -> None:
+    with Raw(impatient) as connection:
+        if before:
+            connection.socket.sendall(before.encode())
+            assert connection.answer().status == 200
+        connection.socket.sendall(start.encode())
+        started = time.monotonic()
+        for _ in range(3):  # and no byte of it makes it last longer
+            time.sleep(0.1)
+            connection.socket.sendall(b"x")
+        answer = connection.answer()
+        assert (answer.status, [*answer.json()]) == (408, ["detail"])
+        assert 0.4 < time.monotonic() - started < 0.75
+        assert connection.is_closed()
+
+
+def test_an_answer_that_nobody_reads_is_not_kept_for_ever(impatient: Service) -> None:
+    impatient.sql(
+        "INSERT INTO task (user_id, title, description) SELECT 'unread', 'x', repeat(E'\\x01', 2000)"
+        " FROM generate_series(1, 1000)"
+    )
+    before = len(psutil.Process(impatient.process.pid).net_connections("tcp"))
+
+    def connections() -> int:
+        return len(psutil.Process(impatient.process.pid).net_connections("tcp")) - before
+
+    with impatient.client("unread") as client, Raw(impatient) as connection:
+        connection.send("GET /api/tasks", bearer(client))
+        time.sleep(0.5)
+        assert connections() == 1
+        deadline = time.monotonic() + 10
+        while connections() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert connections() == 0
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import httpx
-import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -40,7 +39,7 @@ def start(database_url: str) -> tuple[float, float]:
                 try:
                     client.tasks()
                     seconds = time.perf_counter() - started
-                    return seconds, psutil.Process(service.process.pid).memory_info().rss / 1e6
+                    return seconds, service.memory
                 except httpx.TransportError:
                     time.sleep(0.005)
         raise RuntimeError(f"the service did not answer:\n{service.log}")
