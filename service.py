@@ -791,8 +791,7 @@ async def list_tasks(request: Request) -> Response:
         raise invalid({"status": message})
     tasks = await request.state.queries.list_tasks(request.user, status)
     # Of the content itself, so that it is right whatever has happened to the list, and costs no statement.
-    etag = f'W/"{hashlib.sha256(tasks.encode()).hexdigest()[:32]}"'
-    return json_response(request, f'{{"items": {tasks}}}', etag)
+    return json_response(request, tasks, f'W/"{hashlib.sha256(tasks).hexdigest()[:32]}"')
 
 
 async def create_task(request: Request) -> Response:
@@ -856,7 +855,7 @@ def task_response(request: Request, task: str, status: int = 200, headers: Mappi
 
 
 def json_response(
-    request: Request, text: str, etag: str, status: int = 200, headers: Mapping[str, str] | None = None
+    request: Request, text: str | bytes, etag: str, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return the answer that carries a JSON text, or a 304 without it to a client that has it already."""
     headers = {"ETag": etag, **(headers or {})}

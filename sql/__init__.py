@@ -8,11 +8,12 @@ is settled here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import re
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,11 @@ FOLDER = Path(__file__).parent
 
 ACQUIRE_TIMEOUT = 5.0  # seconds that a request waits for a connection; two tries of a read, all in all, take under 30
 COMMAND_TIMEOUT = 8.0  # seconds that a statement may take, a wait for a locked row included
-TURN_TIMEOUT = 2.0  # seconds that a change waits for another one of the same task
+TURN_TIMEOUT = 2.0  # seconds that a statement waits for others before it may wait for a connection
 TOGETHER = 32  # calls that share a message at most, so that more at once are spread over several connections
 ENOUGH = 16  # calls that go at once, even where a message of their statement is under way
 PATIENCE = 0.01  # seconds that fewer wait for that message to come back
-SHORT_LIST = 16_384  # characters of a list that may share a message with others, which have to wait for it
+SHORT_LIST = 16_384  # bytes of a list that may share a message with others, which have to wait for it
 KNOWN_LISTS = 4096  # of which is remembered that they are short
 SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
 
@@ -65,10 +66,9 @@ VERSION = """to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"
 KEY = "user_id, id"
 # {status}: which tasks to list. As text and not as a parameter, so that one plan of each is enough.
 STATUSES = {"all": "true", "pending": "NOT completed", "completed": "completed"}
-# {waiting}: how long to wait for somebody else's lock on a row. A statement that is alone in its message waits until
-# COMMAND_TIMEOUT. One that shares it would keep the others waiting: it gives up soon, and each is then sent alone.
-# The setting holds for the transaction, which is the message.
-WAITING = {"alone": "true", "together": "set_config('lock_timeout', '50ms', true) IS NOT NULL"}
+# {lock_timeout}: how long to wait for somebody else's lock on a row. Not long where others may share the message. The
+# setting holds for the transaction, which is the message.
+LOCK_TIMEOUTS = {"none": "true", "short": "set_config('lock_timeout', '50ms', true) IS NOT NULL"}
 
 
 def read(name: str) -> str:
@@ -76,16 +76,16 @@ def read(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def load(name: str, status: str = "all", *, waiting: str = "together") -> str:
+def load(name: str, status: str = "all", *, lock_timeout: str = "short") -> str:
     """Return a statement; raise ValueError unless its text binds it to the caller."""
     statement = read(name)
-    left_out = r"^--.*$|'[^'\\]*'|{task}|{version}|{key}|{status}|{waiting}"
+    left_out = r"^--.*$|'[^'\\]*'|{task}|{version}|{key}|{status}|{lock_timeout}"
     text = " ".join(re.sub(left_out, " ", statement, flags=re.MULTILINE).split())
     text = text.replace(SAME_KEY, "")
     named_once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in NAMED_ONCE)
     if not re.search(BOUND, text) or not named_once or re.search(NEVER, text, re.IGNORECASE):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
-    return fill(statement, status=STATUSES[status], waiting=WAITING[waiting])
+    return fill(statement, status=STATUSES[status], lock_timeout=LOCK_TIMEOUTS[lock_timeout])
 
 
 def fill(statement: str, **places: str) -> str:
@@ -106,12 +106,13 @@ UPDATE_TASK = load("update_task.sql")
 COMPLETE_TASK = load("complete_task.sql")
 DELETE_TASK = load("delete_task.sql")
 READS = (*LIST_TASKS.values(), GET_TASK)
-# The changes of a task, and how they are sent alone.
-CHANGES = {
-    UPDATE_TASK: load("update_task.sql", waiting="alone"),
-    COMPLETE_TASK: load("complete_task.sql", waiting="alone"),
-    DELETE_TASK: load("delete_task.sql", waiting="alone"),
+# The changes of a task, and how they wait where somebody else has locked it, until COMMAND_TIMEOUT.
+WAITING_FOR_LOCK = {
+    UPDATE_TASK: load("update_task.sql", lock_timeout="none"),
+    COMPLETE_TASK: load("complete_task.sql", lock_timeout="none"),
+    DELETE_TASK: load("delete_task.sql", lock_timeout="none"),
 }
+CHANGES = {*WAITING_FOR_LOCK, *WAITING_FOR_LOCK.values()}
 
 # Foreign keys are triggers too.
 HAS_TRIGGERS = "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass('task'))"
@@ -137,8 +138,19 @@ class Call(NamedTuple):
     """Of the request, in whose trace the statement is to be."""
 
 
+@contextlib.asynccontextmanager
+async def in_turn(turn: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Hold a place that others may hold too; raise TimeoutError if there is none within TURN_TIMEOUT."""
+    async with asyncio.timeout(TURN_TIMEOUT if turn.locked() else None):
+        await turn.acquire()
+    try:
+        yield
+    finally:
+        turn.release()
+
+
 class Queries:
-    """The statements on a pool of `Connection`, each for the caller that it is given. Tasks come back as JSON text.
+    """The statements on a pool of `Connection`, each for the caller that it is given. Tasks come back as JSON.
 
     Each method sends one statement, a read once more if its connection was lost, and lets the errors of asyncpg and of
     the operating system through.
@@ -148,7 +160,10 @@ class Queries:
         self.pool = pool
         self.schema_applied = False
         self.has_triggers = True
-        self.turns: weakref.WeakValueDictionary[tuple[str, int], asyncio.Lock] = weakref.WeakValueDictionary()
+        share = max(1, pool.get_max_size() // 4)  # of the connections, for what may hold them long
+        self.turns: weakref.WeakValueDictionary[object, asyncio.Semaphore] = weakref.WeakValueDictionary()
+        self.lists_at_once = share
+        self.lock_waits = asyncio.Semaphore(share)
         self.short_lists: set[tuple[str, str]] = set()
         self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
         self.under_way: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
@@ -161,14 +176,18 @@ class Queries:
             self.has_triggers = await connection.fetchval(HAS_TRIGGERS)
         self.schema_applied = True
 
-    async def list_tasks(self, user_id: str, status: str) -> str:
-        """Return the caller's tasks of one of STATUSES, newest first, as a JSON array."""
-        which = user_id, status
-        row = await self._send(LIST_TASKS[status], user_id, alone=which not in self.short_lists)
-        tasks: str = row[0]
-        if len(tasks) > SHORT_LIST:
-            self.short_lists.discard(which)
+    async def list_tasks(self, user_id: str, status: str) -> bytes:
+        """Return the caller's tasks of one of STATUSES, newest first, as a JSON object of `items`, in UTF-8."""
+        which, statement = (user_id, status), LIST_TASKS[status]
+        if which in self.short_lists:
+            self.short_lists.discard(which)  # until it has been one again
+            row = await self._send(statement, user_id)
         else:
+            # Of one user only some at once, or soon nobody else would have a connection.
+            async with in_turn(self.turns.setdefault(user_id, asyncio.Semaphore(self.lists_at_once))):
+                row = await self._send(statement, user_id, alone=True)
+        tasks: bytes = row[0]
+        if len(tasks) <= SHORT_LIST:
             if len(self.short_lists) >= KNOWN_LISTS:
                 self.short_lists.clear()
             self.short_lists.add(which)
@@ -215,16 +234,15 @@ class Queries:
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Any:
         """Send a statement that changes a task, and return its row or None.
 
-        The changes of a task take turns here: in the database they would wait for its lock, each with a connection, and
-        where somebody else holds that lock for long, soon nobody would have one.
+        The changes of a task take turns here, and those that wait for a lock of somebody else: in the database each
+        would wait with a connection, and soon nobody would have one.
         """
-        turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
-        async with asyncio.timeout(TURN_TIMEOUT):
-            await turn.acquire()
-        try:
-            return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
-        finally:
-            turn.release()
+        async with in_turn(self.turns.setdefault((user_id, task_id), asyncio.Semaphore(1))):
+            try:
+                return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
+            except asyncpg.LockNotAvailableError:
+                async with in_turn(self.lock_waits):
+                    return await self._send(WAITING_FOR_LOCK[statement], user_id, task_id, *parameters, alone=True)
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Any:
         """Return the row of a statement, or None if it gives none.
@@ -295,12 +313,11 @@ class Queries:
         """Send the statement for each of the calls, and return what each gives."""
         if not self.schema_applied:
             raise ConnectionError("the schema has not been applied yet")
-        text = statement if len(calls) > 1 else CHANGES.get(statement, statement)
         try:
             async with asyncio.timeout(ACQUIRE_TIMEOUT):
                 connection = await self.pool.acquire()
             try:
-                rows: list[asyncpg.Record] = await connection.fetchmany(text, [call.parameters for call in calls])
+                rows: list[asyncpg.Record] = await connection.fetchmany(statement, [call.parameters for call in calls])
             finally:
                 await self.pool.release(connection, timeout=ACQUIRE_TIMEOUT)
         except (*CONNECTION_LOST, asyncpg.ReadOnlySQLTransactionError):

@@ -6,5 +6,5 @@ SET completed = coalesce($4, NOT completed),
 WHERE user_id = $1
   AND id = $2
   AND coalesce({version} = ANY($3::text[]), true)
-  AND {waiting}
+  AND {lock_timeout}
 RETURNING {task}, {key}

@@ -3,5 +3,5 @@ DELETE FROM task
 WHERE user_id = $1
   AND id = $2
   AND coalesce({version} = ANY($3::text[]), true)
-  AND {waiting}
+  AND {lock_timeout}
 RETURNING {key}

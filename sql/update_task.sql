@@ -11,5 +11,5 @@ SET title = CASE WHEN $4 THEN $5 ELSE title END,
 WHERE user_id = $1
   AND id = $2
   AND coalesce({version} = ANY($3::text[]), true)
-  AND {waiting}
+  AND {lock_timeout}
 RETURNING {task}, {key}

@@ -72,8 +72,8 @@ def test_what_a_thousand_users_read_at_once_is_what_each_reads_alone(filled_url:
                 together = await asyncio.gather(*(read(user_id, what) for read, user_id, what in reads))  # type: ignore[call-overload]
                 assert together == [alone[str(each)] for each in reads]
             for (_, user_id, _), text in zip(reads, together, strict=True):
-                found = json.loads(text) if text else []
-                assert {task["user_id"] for task in (found if isinstance(found, list) else [found])} <= {user_id}
+                found = json.loads(text) if text else {"items": []}
+                assert {task["user_id"] for task in found.get("items", [found])} <= {user_id}
 
     asyncio.run(check())
 
@@ -175,13 +175,66 @@ def test_a_list_shares_its_message_once_it_is_known_to_be_short(filled_url: str)
                 Spy.sent.clear()
                 lists = await asyncio.gather(*(queries.list_tasks(user_id, "pending") for user_id in users))
                 assert sorted(Spy.sent, reverse=True) == expected
-                assert [len(json.loads(text)) for text in lists] == [1 + n % 3 - (n % 3 > 0) for n in range(29)] + [100]
+                assert [len(json.loads(text)["items"]) for text in lists] == [
+                    1 + n % 3 - (n % 3 > 0) for n in range(29)
+                ] + [100]
             await pool.execute("INSERT INTO task (user_id, title) SELECT 'user-0', unnest($1::text[])", titles)
             for expected in ([29, 1], [28, 1, 1]):  # one that has become long holds the others up once
                 Spy.sent.clear()
                 await asyncio.gather(*(queries.list_tasks(user_id, "pending") for user_id in users))
                 assert sorted(Spy.sent, reverse=True) == expected
             await pool.execute("DELETE FROM task WHERE title LIKE 'xx%'")
+
+    asyncio.run(check())
+
+
+class Troubled(Spy):
+    """One on which the lists of a user take long, or fail."""
+
+    trouble: ClassVar[str] = ""
+    at_once: ClassVar[list[int]] = [0]
+
+    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+        if query in sql.LIST_TASKS.values() and "user-1" in [user_id for user_id, *_ in args]:
+            if self.trouble == "failing":
+                raise asyncpg.QueryCanceledError
+            if self.trouble == "slow":
+                self.at_once.append(self.at_once[-1] + 1)
+                await asyncio.sleep(0.1)
+                self.at_once.append(self.at_once[-1] - 1)
+        return await super().fetchmany(query, args, **options)
+
+
+def test_long_lists_of_a_user_leave_connections_to_others(filled_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        async with pool_and_queries(filled_url, connection_class=Troubled) as (_, queries):
+            monkeypatch.setattr(Troubled, "trouble", "slow")
+            monkeypatch.setattr(sql, "SHORT_LIST", 10)
+            lists = [asyncio.create_task(queries.list_tasks("user-1", "all")) for _ in range(12)]
+            await asyncio.sleep(0)
+            async with asyncio.timeout(0.5):
+                for number in range(10):
+                    await queries.get_task("user-2", 1)
+                    await queries.list_tasks(f"user-{2 + number}", "all")
+            assert [each.done() for each in lists].count(True) < 8
+            await asyncio.gather(*lists)
+            assert max(Troubled.at_once) == 1  # of the four connections
+
+    asyncio.run(check())
+
+
+def test_a_list_that_has_failed_is_not_taken_for_a_short_one(filled_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it has grown so long that it fails each time."""
+
+    async def check() -> None:
+        async with pool_and_queries(filled_url, connection_class=Troubled) as (_, queries):
+            for trouble, expected in (("", [1] * 30), ("", [30]), ("failing", [1] * 29), ("", [29, 1]), ("", [30])):
+                monkeypatch.setattr(Troubled, "trouble", trouble)
+                Troubled.sent.clear()
+                lists = (queries.list_tasks(user_id, "pending") for user_id in USERS[:30])
+                answers = await asyncio.gather(*lists, return_exceptions=True)
+                assert sum(isinstance(answer, Exception) for answer in answers) == (trouble == "failing")
+                assert sorted(Troubled.sent, reverse=True) == expected
 
     asyncio.run(check())
 
@@ -228,7 +281,7 @@ def test_reads_survive_the_loss_of_their_connections(filled_url: str) -> None:
                     " WHERE datname = current_database() AND pid <> pg_backend_pid()"
                 )
             lists = await asyncio.gather(*(queries.list_tasks(user_id, "all") for user_id in USERS[:100]))
-            assert [len(json.loads(text)) for text in lists] == [1 + number % 3 for number in range(100)]
+            assert [len(json.loads(text)["items"]) for text in lists] == [1 + number % 3 for number in range(100)]
             await admin.close()
 
     asyncio.run(check())
@@ -426,11 +479,38 @@ def test_changes_do_not_wait_for_the_lock_that_one_of_them_waits_for(empty_url: 
                 async with asyncio.timeout(1):
                     await asyncio.gather(*toggles[:7], *toggles[8:])
                 await asyncio.sleep(0.5)
-                assert not toggles[7].done()  # alone it waits for as long as it takes
+                assert not toggles[7].done()  # it waits for as long as it takes
             finally:
                 await lock.rollback()
             await toggles[7]
-            assert Spy.failed == ["LockNotAvailableError"]
+            assert Spy.failed == ["LockNotAvailableError"] * 2  # with the others, and alone
+            assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 20
+            await admin.close()
+
+    asyncio.run(check())
+
+
+def test_changes_that_wait_for_a_lock_leave_connections_to_others(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
+            ids = await make_tasks(pool, USERS[:20])
+            admin = await asyncpg.connect(empty_url)
+            lock = admin.transaction()
+            await lock.start()
+            await admin.execute("SELECT FROM task WHERE user_id = ANY($1) FOR UPDATE", USERS[:10])
+            toggles = [
+                asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None)) for user_id in USERS[:10]
+            ]
+            try:
+                await asyncio.sleep(0.7)
+                async with asyncio.timeout(0.3):
+                    for user_id in USERS[10:20]:
+                        await queries.get_task(user_id, 1)
+                        await queries.complete_task(user_id, ids[user_id], None, None)
+                assert not any(toggle.done() for toggle in toggles)
+            finally:
+                await lock.rollback()
+            await asyncio.gather(*toggles)
             assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 20
             await admin.close()
 

@@ -177,14 +177,18 @@ def threads(count: int = 1) -> Iterator[ThreadPoolExecutor]:
 
 def fill_pool(service: Service, client: Client) -> int:
     """Make the service hold several idle connections, and return how many there are in its database."""
-    paths = [f"/api/tasks/{client.create()['id']}" for _ in range(IDLE)]
     with threads(IDLE) as executor:
-        with locked(service.database_url, f"SELECT FROM task WHERE user_id = '{client.user_id}' FOR UPDATE"):
-            answers = [executor.submit(client.patch, f"{path}/complete") for path in paths]
+        with locked(service.database_url, "LOCK TABLE task IN SHARE MODE"):
+            creations = [
+                executor.submit(
+                    client.post, "/api/tasks", json={"title": "x"}, headers={"Idempotency-Key": str(number)}
+                )
+                for number in range(IDLE)
+            ]
             wait_for_locked(service.database_url, IDLE)
-        assert [answer.result().status_code for answer in answers] == [200] * IDLE
-    for path in paths:
-        assert client.delete(path).status_code == 204
+        created = [creation.result().json() for creation in creations]
+    for task in created:
+        assert client.delete(f"/api/tasks/{task['id']}").status_code == 204
     [(connections,)] = execute(service.database_url, f"SELECT count(*) {OTHERS}")
     assert connections >= IDLE
     return int(connections)

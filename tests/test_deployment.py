@@ -172,7 +172,7 @@ def test_an_idle_connection_outlives_the_patience_of_a_router(service: Service) 
 def test_requests_in_flight_are_finished_when_the_service_is_stopped(
     workers: str, everybody: bool, database_url: str, start_service: StartService
 ) -> None:
-    service = start_service(database_url, WEB_CONCURRENCY=workers)
+    service = start_service(database_url, WEB_CONCURRENCY=workers, DATABASE_POOL_SIZE="20")
     service.wait_until_ready()
     with (
         service.client("alice") as alice,

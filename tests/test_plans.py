@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from sql import SCHEMA, STATUSES, WAITING, load
+from sql import LOCK_TIMEOUTS, SCHEMA, STATUSES, load
 from tests.test_query_module import STATEMENTS
 from tests.test_schema import old_table
 
@@ -68,13 +68,13 @@ def pages(plan: dict[str, Any]) -> int:
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 
-@pytest.mark.parametrize("waiting", WAITING)
+@pytest.mark.parametrize("lock_timeout", LOCK_TIMEOUTS)
 @pytest.mark.parametrize("user_id", ["user-7", "busy"])
 @pytest.mark.parametrize(("name", "status"), CALLS)
 def test_no_statement_scans_the_table_or_sorts(
-    filled: psycopg.Connection[Any], name: str, status: str, user_id: str, waiting: str
+    filled: psycopg.Connection[Any], name: str, status: str, user_id: str, lock_timeout: str
 ) -> None:
-    found = list(nodes(plan_of(filled, load(name, status, waiting=waiting), user_id)))
+    found = list(nodes(plan_of(filled, load(name, status, lock_timeout=lock_timeout), user_id)))
     kinds = {node["Node Type"] for node in found}
     assert not kinds & {"Seq Scan", "Incremental Sort"}, kinds
     scans = [node for node in found if "Scan" in node["Node Type"] and "Relation Name" in node]
