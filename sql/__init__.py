@@ -8,14 +8,13 @@ is settled here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import re
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import asyncpg
 
@@ -138,15 +137,14 @@ class Call(NamedTuple):
     """Of the request, in whose trace the statement is to be."""
 
 
-@contextlib.asynccontextmanager
-async def in_turn(turn: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Hold a place that others may hold too; raise TimeoutError if there is none within TURN_TIMEOUT."""
-    async with asyncio.timeout(TURN_TIMEOUT if turn.locked() else None):
-        await turn.acquire()
-    try:
-        yield
-    finally:
-        turn.release()
+class Turn(asyncio.Semaphore):
+    """Places for some at once; raises TimeoutError where there is none within TURN_TIMEOUT."""
+
+    async def acquire(self) -> Literal[True]:
+        if not self.locked():
+            return await super().acquire()
+        async with asyncio.timeout(TURN_TIMEOUT):
+            return await super().acquire()
 
 
 class Queries:
@@ -161,9 +159,9 @@ class Queries:
         self.schema_applied = False
         self.has_triggers = True
         share = max(1, pool.get_max_size() // 4)  # of the connections, for what may hold them long
-        self.turns: weakref.WeakValueDictionary[object, asyncio.Semaphore] = weakref.WeakValueDictionary()
+        self.turns: weakref.WeakValueDictionary[object, Turn] = weakref.WeakValueDictionary()
         self.lists_at_once = share
-        self.lock_waits = asyncio.Semaphore(share)
+        self.lock_waits = Turn(share)
         self.short_lists: set[tuple[str, str]] = set()
         self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
         self.under_way: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
@@ -184,7 +182,7 @@ class Queries:
             row = await self._send(statement, user_id)
         else:
             # Of one user only some at once, or soon nobody else would have a connection.
-            async with in_turn(self.turns.setdefault(user_id, asyncio.Semaphore(self.lists_at_once))):
+            async with self.turns.setdefault(user_id, Turn(self.lists_at_once)):
                 row = await self._send(statement, user_id, alone=True)
         tasks: bytes = row[0]
         if len(tasks) <= SHORT_LIST:
@@ -237,11 +235,11 @@ class Queries:
         The changes of a task take turns here, and those that wait for a lock of somebody else: in the database each
         would wait with a connection, and soon nobody would have one.
         """
-        async with in_turn(self.turns.setdefault((user_id, task_id), asyncio.Semaphore(1))):
+        async with self.turns.setdefault((user_id, task_id), Turn(1)):
             try:
                 return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
             except asyncpg.LockNotAvailableError:
-                async with in_turn(self.lock_waits):
+                async with self.lock_waits:
                     return await self._send(WAITING_FOR_LOCK[statement], user_id, task_id, *parameters, alone=True)
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Any:
