@@ -242,7 +242,6 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
 # --- Errors: the one way from an exception to an answer --------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-BODY_TIMEOUT = 15.0  # seconds; less than SHUTDOWN_GRACE, at whose end uvicorn has a plain 500 for those still waiting
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
 
 DETAILS = {
@@ -433,12 +432,11 @@ async def read_body(request: Request) -> bytearray:
     if declared and "upgrade" in request.headers:
         raise ApiError(400, "A request with a body must not offer to upgrade the connection")
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            async for chunk in request.stream():
-                content += chunk
-                if len(content) > BODY_LIMIT:
-                    raise too_large
-    except (ClientDisconnect, TimeoutError):
+        async for chunk in request.stream():  # which HttpProtocol puts an end to
+            content += chunk
+            if len(content) > BODY_LIMIT:
+                raise too_large
+    except ClientDisconnect:
         raise ApiError(400, "The body ended before it was complete") from None
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content and not re.fullmatch(r"application/([a-z0-9!#$&^_.+-]+\+)?json", media_type):
@@ -1231,8 +1229,8 @@ EMBEDDED = Path(__file__).resolve().parent / ".postgres"
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
 HEAD_LIMIT = 65_536  # bytes of the head of a request that may come before it is complete
-HEAD_TIMEOUT = 15.0  # seconds from its first bytes to its last
-SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped
+REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request to its last
+SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
 STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
 
 
@@ -1334,9 +1332,9 @@ class Flow(FlowControl):
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on what a connection may hold, for how long, and with all its answers.
 
-    It has a connection that sends nothing closed, and half a head, and one of too many bytes. When a client has no more
-    to send, or sends what is no request, it still gets the answers to its requests before. Trailers become no headers
-    (RFC 9110, section 6.5.1).
+    It closes connections that send nothing, that do not bring a request to its end, or a head of too many bytes. To a
+    client that has no more to send, or sends what is no request, it still gives the answers to its requests before.
+    Trailers become no headers (RFC 9110, section 6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -1344,31 +1342,41 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(self.packets)  # type: ignore[arg-type]
         self.flow = Flow(self.packets, self.pipeline)
         self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE, self.timeout_keep_alive_handler)
-        self.in_head = False
+        self.in_head = self.in_request = False
         self.head_size = 0
-        self.head_timeout: asyncio.TimerHandle | None = None
+        self.deadline: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         self.head_size += len(data)
         super().data_received(data)
-        if self.in_head:
-            if not self.head_timeout:
-                detail = f"The head of a request must arrive within {HEAD_TIMEOUT:.0f} seconds"
-                self.head_timeout = self.loop.call_later(HEAD_TIMEOUT, self.refuse, 408, detail)
-            if self.head_size > HEAD_LIMIT:
+        if self.in_request:  # as few are, when their first bytes have come
+            self.deadline = self.deadline or self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
+            if self.in_head and self.head_size > HEAD_LIMIT:
                 self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.in_head, self.head_size = True, 0
+        self.in_head = self.in_request = True
+        self.head_size = 0
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self.headers = []  # in which nobody reads what comes from here on
         self.in_head = False
-        if self.head_timeout:
-            self.head_timeout.cancel()
-            self.head_timeout = None
+        self.headers = []  # in which nobody reads what comes from here on
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.in_request = False
+        if self.deadline:
+            self.deadline.cancel()
+            self.deadline = None
+
+    def give_up(self) -> None:
+        """Close a connection whose request does not come to its end; its answer may have come before that."""
+        if self.in_head or not self.cycle.response_started:
+            self.refuse(408, f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds")
+        else:
+            self.packets.close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         self.packets.send()  # before the transport closes itself
