@@ -58,7 +58,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from sql import COMMAND_TIMEOUT, STATUSES, Connection, Queries
@@ -1228,7 +1228,8 @@ def create_app(settings: Settings) -> ASGIApp:
 EMBEDDED = Path(__file__).resolve().parent / ".postgres"
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
-HEAD_LIMIT = 65_536  # bytes of the head of a request that may come before it is complete
+HEAD_LIMIT = 65_536  # bytes of a request, but for its body, that may come before it is complete
+PIPELINE_LIMIT = 1000  # requests on a connection that may wait for the answers to those before
 REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request to its last
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
 STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
@@ -1296,6 +1297,7 @@ class Packets:
         self.transport = transport
         self.loop = loop
         self.written: list[bytes] = []
+        self.watched = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
@@ -1309,12 +1311,23 @@ class Packets:
         written, self.written = self.written, []
         if written and not self.transport.is_closing():
             self.transport.writelines(written)
+            unread = self.transport.get_write_buffer_size()
+            if unread and not self.watched:
+                self.watched = True
+                self.loop.call_later(KEEP_ALIVE, self.watch, unread)
+
+    def watch(self, unread_before: int) -> None:
+        """Abort a connection whose client reads nothing of what is to be sent; what it holds would be kept for ever."""
+        unread = self.transport.get_write_buffer_size()
+        self.watched = unread not in (0, unread_before)
+        if self.watched:
+            self.loop.call_later(KEEP_ALIVE, self.watch, unread)
+        elif unread:
+            self.transport.abort()
 
     def close(self) -> None:
         self.send()
         self.transport.close()
-        if self.transport.get_write_buffer_size():  # for whoever does not read it, it would be kept for ever
-            self.loop.call_later(KEEP_ALIVE, self.transport.abort)
 
 
 class Flow(FlowControl):
@@ -1343,26 +1356,40 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow = Flow(self.packets, self.pipeline)
         self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE, self.timeout_keep_alive_handler)
         self.in_head = self.in_request = False
-        self.head_size = 0
+        self.size = 0  # of what has come since the last byte of a body, or since the head has begun
         self.deadline: asyncio.TimerHandle | None = None
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self.timeout_keep_alive_task, self.deadline):
+            if timer:
+                timer.cancel()
+
     def data_received(self, data: bytes) -> None:
-        self.head_size += len(data)
+        self.size += len(data)
         super().data_received(data)
-        if self.in_request:  # as few are, when their first bytes have come
+        if self.in_request:  # which is rare: most requests come in one piece
             self.deadline = self.deadline or self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
-            if self.in_head and self.head_size > HEAD_LIMIT:
+            if self.size > HEAD_LIMIT:
                 self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
+        elif not self.cycle or self.cycle.response_complete:  # nor is one being answered
+            self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE, self.timeout_keep_alive_handler)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.in_head = self.in_request = True
-        self.head_size = 0
+        self.size = 0
 
     def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= PIPELINE_LIMIT:
+            raise ValueError  # as if it were no request
         super().on_headers_complete()
         self.in_head = False
-        self.headers = []  # in which nobody reads what comes from here on
+        self.headers = []  # for trailers, and nobody reads it
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self.size = 0
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -1372,36 +1399,38 @@ class HttpProtocol(HttpToolsProtocol):
             self.deadline = None
 
     def give_up(self) -> None:
-        """Close a connection whose request does not come to its end; its answer may have come before that."""
-        if self.in_head or not self.cycle.response_started:
-            self.refuse(408, f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds")
+        """Refuse a request that does not come to its end, unless it is here that nothing is read."""
+        if self.flow.read_paused:
+            self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
         else:
-            self.packets.close()
+            self.refuse(408, f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds")
 
     def eof_received(self) -> bool:  # type: ignore[override]
         self.packets.send()  # before the transport closes itself
-        return self.close_after_answers()
+        return self.close_after_answer()
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(400, msg)
 
     def refuse(self, status: int, detail: str) -> None:
-        """Answer what is no request, unless answers to those before are due, and close the connection."""
+        """Answer what is no request, unless it has been answered, when those before it have been; then close."""
         if self.packets.is_closing():
             return
         self.packets.pause_reading()
-        if not self.close_after_answers():
-            body = json.dumps({"detail": detail}).encode()
-            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.packets.write(STATUS_LINE[status] + head + body)
+        error = JSONResponse({"detail": detail}, status, {"Connection": "close"})
+        if self.pipeline and self.cycle.more_body:
+            self.pipeline[0] = self.cycle, error  # type: ignore[assignment]  # its turn is to come
+        elif not self.close_after_answer():
+            if self.in_head or not self.cycle.response_started:
+                head = b"".join(b"%b: %b\r\n" % each for each in error.raw_headers)
+                self.packets.write(STATUS_LINE[status] + head + b"\r\n" + error.body)
             self.packets.close()
 
-    def close_after_answers(self) -> bool:
-        """Have the connection closed after the last answer that is due; return whether there is any."""
-        last: RequestResponseCycle = self.pipeline[0][0] if self.pipeline else self.cycle
-        due = bool(last) and not last.response_complete and not last.more_body
+    def close_after_answer(self) -> bool:
+        """Have the connection closed after the answer to the last request; return whether that is still due."""
+        due = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
         if due:
-            last.keep_alive = False
+            self.cycle.keep_alive = False
         return due
 
 

@@ -137,8 +137,8 @@ class Call(NamedTuple):
     """Of the request, in whose trace the statement is to be."""
 
 
-class Turn(asyncio.Semaphore):
-    """Places for some at once; raises TimeoutError where there is none within TURN_TIMEOUT."""
+class Places(asyncio.Semaphore):
+    """Places that so many may have at once; raises TimeoutError where there is none within TURN_TIMEOUT."""
 
     async def acquire(self) -> Literal[True]:
         if not self.locked():
@@ -158,10 +158,9 @@ class Queries:
         self.pool = pool
         self.schema_applied = False
         self.has_triggers = True
-        share = max(1, pool.get_max_size() // 4)  # of the connections, for what may hold them long
-        self.turns: weakref.WeakValueDictionary[object, Turn] = weakref.WeakValueDictionary()
-        self.lists_at_once = share
-        self.lock_waits = Turn(share)
+        self.places = max(1, pool.get_max_size() // 2)  # of the connections, for what may hold them long
+        self.turns: weakref.WeakValueDictionary[object, Places] = weakref.WeakValueDictionary()
+        self.lock_waits = Places(self.places)
         self.short_lists: set[tuple[str, str]] = set()
         self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
         self.under_way: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
@@ -178,14 +177,19 @@ class Queries:
         """Return the caller's tasks of one of STATUSES, newest first, as a JSON object of `items`, in UTF-8."""
         which, statement = (user_id, status), LIST_TASKS[status]
         if which in self.short_lists:
-            self.short_lists.discard(which)  # until it has been one again
-            row = await self._send(statement, user_id)
+            try:
+                row = await self._send(statement, user_id)
+            except Exception:
+                self.short_lists.discard(which)  # it may have failed because it is no longer short
+                raise
         else:
             # Of one user only some at once, or soon nobody else would have a connection.
-            async with self.turns.setdefault(user_id, Turn(self.lists_at_once)):
+            async with self.turns.setdefault(user_id, Places(self.places)):
                 row = await self._send(statement, user_id, alone=True)
         tasks: bytes = row[0]
-        if len(tasks) <= SHORT_LIST:
+        if len(tasks) > SHORT_LIST:
+            self.short_lists.discard(which)
+        else:
             if len(self.short_lists) >= KNOWN_LISTS:
                 self.short_lists.clear()
             self.short_lists.add(which)
@@ -235,7 +239,7 @@ class Queries:
         The changes of a task take turns here, and those that wait for a lock of somebody else: in the database each
         would wait with a connection, and soon nobody would have one.
         """
-        async with self.turns.setdefault((user_id, task_id), Turn(1)):
+        async with self.turns.setdefault((user_id, task_id), Places(1)):
             try:
                 return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
             except asyncpg.LockNotAvailableError:
