@@ -513,6 +513,18 @@ def test_an_adopted_task_has_its_old_times_in_the_api(database_url: str, start_s
     assert abs(seconds - started) < 60
 
 
+def test_a_task_whose_times_cannot_be_written_is_not_lost(new_database: Callable[[], str]) -> None:
+    """As a table that had timestamps with a zone before it had the constraints may hold."""
+    url = new_database()
+    with running(url) as service, service.client("alice") as alice:
+        execute(url, "ALTER TABLE task DROP CONSTRAINT task_created_at, DROP CONSTRAINT task_updated_at")
+        execute(url, "INSERT INTO task VALUES ('alice', 7, 'x', NULL, false, 'infinity', '-infinity')")
+        [task] = alice.tasks()
+        assert (task["id"], task["created_at"], task["updated_at"]) == (7, "", "")
+        assert alice.get("/api/tasks/7").json() == task
+        assert alice.put("/api/tasks/7", json={"title": "y"}).json()["title"] == "y"
+
+
 # Rows that the old backend let in, each of a user of its own, beside a row of bob's that nobody touches.
 BROKEN = {
     "an empty title": "(101, '{user}', '', 'x', false, '2024-01-01', '2024-01-01')",
