@@ -181,7 +181,7 @@ def chart(found: dict[tuple[str, str], Figures]) -> str:
     shades = ["#0b6e4f", "#7c8ba1", "#a3afc0", "#b9c2cf", "#cdd4dd", "#dde2e8", "#e9ecf0"]
     bar, left, width = 14, 110, 760
     parts, y = [], 8
-    for line in dict.fromkeys(line for line, _ in found):
+    for line in dict.fromkeys(line for line, name in found if not name.startswith(FLOOR)):
         parts.append(f'<text x="{left - 8}" y="{y + bar * len(names) / 2 + 4}" text-anchor="end">{line}</text>')
         most = max(found[line, name].requests for name in names)
         for name, shade in zip(names, shades * 9, strict=False):
