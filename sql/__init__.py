@@ -28,6 +28,7 @@ ENOUGH = 16  # calls that go at once, even where a message of their statement is
 PATIENCE = 0.01  # seconds that fewer wait for that message to come back
 SHORT_LIST = 16_384  # bytes of a list that may share a message with others, which have to wait for it
 KNOWN_LISTS = 4096  # of which is remembered that they are short
+HELD_LONG = 4  # connections that wait for locks at most, or serve the long lists of one user; but half of the pool
 SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
 
 CONNECTION_LOST = (
@@ -158,7 +159,7 @@ class Queries:
         self.pool = pool
         self.schema_applied = False
         self.has_triggers = True
-        self.places = max(1, pool.get_max_size() // 2)  # of the connections, for what may hold them long
+        self.places = max(1, min(HELD_LONG, pool.get_max_size() // 2))
         self.turns: weakref.WeakValueDictionary[object, Places] = weakref.WeakValueDictionary()
         self.lock_waits = Places(self.places)
         self.short_lists: set[tuple[str, str]] = set()
