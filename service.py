@@ -765,7 +765,7 @@ class Answers:
             log.error(line, exc_info=bug)
         else:
             with contextlib.suppress(OSError):  # a full disk or a closed pipe stops nobody
-                sys.stdout.write(f"{line}\n")  # in a fifth of the time that `log` takes, and in one piece
+                sys.stdout.write(f"{line}\n")  # sooner than `log` does, and in one piece
                 sys.stdout.flush()
 
 
@@ -1194,7 +1194,7 @@ def create_app(settings: Settings) -> ASGIApp:
         schema = asyncio.create_task(apply_schema_with_patience(queries))
         others = [asyncio.create_task(each) for each in (identity.keep_keys_fresh(), end_with_supervisor())]
         await asyncio.wait([schema], timeout=STARTUP_PATIENCE)
-        # Left alone, the garbage collector takes a quarter of a request: it looks at all the modules again and again.
+        # Left alone, the garbage collector looks at all the modules again and again, for a large part of each request.
         gc.freeze()
         gc.set_threshold(10_000)
         yield {"queries": queries}
@@ -1228,9 +1228,10 @@ def create_app(settings: Settings) -> ASGIApp:
 EMBEDDED = Path(__file__).resolve().parent / ".postgres"
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
-HEAD_LIMIT = 65_536  # bytes of a request, but for its body, that may come before it is complete
+HEAD_LIMIT = 65_536  # bytes of a request, but for its body, that may follow those in which it began
 PIPELINE_LIMIT = 1000  # requests on a connection that may wait for the answers to those before
 REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request to its last
+UNREAD_TIMEOUT = 95  # seconds for which a client may read nothing of its answers
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
 STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
 
@@ -1314,14 +1315,14 @@ class Packets:
             unread = self.transport.get_write_buffer_size()
             if unread and not self.watched:
                 self.watched = True
-                self.loop.call_later(KEEP_ALIVE, self.watch, unread)
+                self.loop.call_later(UNREAD_TIMEOUT, self.watch, unread)
 
     def watch(self, unread_before: int) -> None:
-        """Abort a connection whose client reads nothing of what is to be sent; what it holds would be kept for ever."""
+        """Abort a connection of whose answers nothing was sent since the last look: they would be kept for ever."""
         unread = self.transport.get_write_buffer_size()
         self.watched = unread not in (0, unread_before)
         if self.watched:
-            self.loop.call_later(KEEP_ALIVE, self.watch, unread)
+            self.loop.call_later(UNREAD_TIMEOUT, self.watch, unread)
         elif unread:
             self.transport.abort()
 
@@ -1331,7 +1332,7 @@ class Packets:
 
 
 class Flow(FlowControl):
-    """uvicorn's control of when to read on, but that it never does while requests that have been read wait."""
+    """uvicorn's control of when to read, which here does not read on while requests that have been read wait."""
 
     def __init__(self, transport: Packets, pipeline: Collection[object]) -> None:
         super().__init__(transport)  # type: ignore[arg-type]
@@ -1345,9 +1346,9 @@ class Flow(FlowControl):
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on what a connection may hold, for how long, and with all its answers.
 
-    It closes connections that send nothing, that do not bring a request to its end, or a head of too many bytes. To a
-    client that has no more to send, or sends what is no request, it still gives the answers to its requests before.
-    Trailers become no headers (RFC 9110, section 6.5.1).
+    It closes connections that are idle, do not bring a request to its end in time, or send a head that is too long. A
+    client that has no more to send, or sends what is no request, still gets the answers to its requests before.
+    Trailers are not taken for headers (RFC 9110, section 6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -1371,8 +1372,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self.in_request:  # which is rare: most requests come in one piece
             self.deadline = self.deadline or self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
             if self.size > HEAD_LIMIT:
-                self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
-        elif not self.cycle or self.cycle.response_complete:  # nor is one being answered
+                self.refuse(431, f"The head of a request must end within {HEAD_LIMIT} bytes")
+        elif not self.cycle or self.cycle.response_complete:  # it is idle
             self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE, self.timeout_keep_alive_handler)
 
     def on_message_begin(self) -> None:
@@ -1399,7 +1400,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.deadline = None
 
     def give_up(self) -> None:
-        """Refuse a request that does not come to its end, unless it is here that nothing is read."""
+        """Refuse a request that does not come to its end, unless that is because nothing is read here."""
         if self.flow.read_paused:
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
         else:
@@ -1413,13 +1414,17 @@ class HttpProtocol(HttpToolsProtocol):
         self.refuse(400, msg)
 
     def refuse(self, status: int, detail: str) -> None:
-        """Answer what is no request, unless it has been answered, when those before it have been; then close."""
+        """Answer what is no request, or not a whole one, with an error, and close the connection.
+
+        What has been answered already is not answered again. Behind requests that wait, the error comes in its turn if
+        it is for a body, and not at all if it is for a head: then their answers are the last.
+        """
         if self.packets.is_closing():
             return
         self.packets.pause_reading()
         error = JSONResponse({"detail": detail}, status, {"Connection": "close"})
         if self.pipeline and self.cycle.more_body:
-            self.pipeline[0] = self.cycle, error  # type: ignore[assignment]  # its turn is to come
+            self.pipeline[0] = self.cycle, error  # type: ignore[assignment]  # in place of the app
         elif not self.close_after_answer():
             if self.in_head or not self.cycle.response_started:
                 head = b"".join(b"%b: %b\r\n" % each for each in error.raw_headers)
@@ -1435,9 +1440,9 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class Supervisor(Multiprocess):
-    """uvicorn's supervisor of the workers, but that it closes its socket before it waits for their last requests.
+    """uvicorn's supervisor of the workers, which here closes its socket before it waits for their last requests.
 
-    Who connects meanwhile is refused, and is not kept waiting for a worker that does not come.
+    A client that connects meanwhile is refused at once, and does not wait for a worker that is not to come.
     """
 
     def join_all(self) -> None:

@@ -1,8 +1,7 @@
-"""The query module: every statement that the service sends, one `.sql` file each.
+"""The query module: each statement about tasks is a `.sql` file, whose `$1` is the caller.
 
-`$1` is the caller in all of them but the schema, and `Queries` takes the caller as the first argument of each.
-Importing this module fails unless they are bound to their caller in the one way that `load` knows, so who may see what
-is settled here.
+`Queries` takes the caller as the first argument of each. Importing this module raises ValueError if a statement is not
+bound to `$1` in one of the ways that `load` knows, so who may see what is settled here.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ TOGETHER = 32  # calls that share a message at most, so that more at once are sp
 ENOUGH = 16  # calls that go at once, even where a message of their statement is under way
 PATIENCE = 0.01  # seconds that fewer wait for that message to come back
 SHORT_LIST = 16_384  # bytes of a list that may share a message with others, which have to wait for it
-KNOWN_LISTS = 4096  # of which is remembered that they are short
-HELD_LONG = 4  # connections that wait for locks at most, or serve the long lists of one user; but half of the pool
+KNOWN_LISTS = 4096  # that are remembered as short, at most
+HELD_LONG = 4  # connections that may wait for locks, if that is half of the pool; as many serve a user's long lists
 SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
 
 CONNECTION_LOST = (
@@ -61,7 +60,7 @@ SAME_KEY = (
 
 # What stands in the other files in {braces}, beside {task}, which is task.sql.
 # {version}: which state of a task it is, for If-Match. Its updated_at, as clients see it.
-VERSION = """to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')"""
+VERSION = """coalesce(to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'), '')"""
 # {key}: which task a row is of.
 KEY = "user_id, id"
 # {status}: which tasks to list. As text and not as a parameter, so that one plan of each is enough.
@@ -88,12 +87,12 @@ def load(name: str, status: str = "all", *, lock_timeout: str = "short") -> str:
     return fill(statement, status=STATUSES[status], lock_timeout=LOCK_TIMEOUTS[lock_timeout])
 
 
-def fill(statement: str, **places: str) -> str:
+def fill(statement: str, **texts: str) -> str:
     """Return a statement with its {places} filled; raise ValueError if task.sql reads a table."""
     task = read("task.sql")
     if re.search(r"\b(SELECT|FROM|TABLE)\b", re.sub("^--.*$", "", task, flags=re.MULTILINE), re.IGNORECASE):
         raise ValueError("sql/task.sql could reach tasks of somebody other than $1")
-    for place, text in {"task": task, "version": VERSION, "key": KEY, **places}.items():
+    for place, text in {"task": task, "version": VERSION, "key": KEY, **texts}.items():
         statement = statement.replace(f"{{{place}}}", text)
     return statement
 
@@ -138,11 +137,11 @@ class Call(NamedTuple):
     """Of the request, in whose trace the statement is to be."""
 
 
-class Places(asyncio.Semaphore):
-    """Places that so many may have at once; raises TimeoutError where there is none within TURN_TIMEOUT."""
+class Turns(asyncio.Semaphore):
+    """Lets so many go on at once; raises TimeoutError to who has no turn within TURN_TIMEOUT."""
 
     async def acquire(self) -> Literal[True]:
-        if not self.locked():
+        if not self.locked():  # which spares most the timeout
             return await super().acquire()
         async with asyncio.timeout(TURN_TIMEOUT):
             return await super().acquire()
@@ -159,9 +158,11 @@ class Queries:
         self.pool = pool
         self.schema_applied = False
         self.has_triggers = True
-        self.places = max(1, min(HELD_LONG, pool.get_max_size() // 2))
-        self.turns: weakref.WeakValueDictionary[object, Places] = weakref.WeakValueDictionary()
-        self.lock_waits = Places(self.places)
+        # Weak, so that there is one only while somebody has or awaits it.
+        self.change_turns: weakref.WeakValueDictionary[tuple[str, int], Turns] = weakref.WeakValueDictionary()
+        self.list_turns: weakref.WeakValueDictionary[str, Turns] = weakref.WeakValueDictionary()
+        self.held_long = max(1, min(HELD_LONG, pool.get_max_size() // 2))
+        self.lock_turns = Turns(self.held_long)
         self.short_lists: set[tuple[str, str]] = set()
         self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
         self.under_way: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
@@ -185,7 +186,7 @@ class Queries:
                 raise
         else:
             # Of one user only some at once, or soon nobody else would have a connection.
-            async with self.turns.setdefault(user_id, Places(self.places)):
+            async with self.list_turns.setdefault(user_id, Turns(self.held_long)):
                 row = await self._send(statement, user_id, alone=True)
         tasks: bytes = row[0]
         if len(tasks) > SHORT_LIST:
@@ -206,7 +207,7 @@ class Queries:
     ) -> tuple[str, int] | None:
         """Insert a task of the values of all fields, or find the one that the key has made; return it and its id.
 
-        The key has the hash of the request behind it; None is returned where it came with another one before.
+        The key has the hash of the request behind it; None is returned where it first came with another request.
         """
         # With a key it may have to wait for another one, or give no row. What a trigger may do nobody knows.
         alone = idempotency_key is not None or self.has_triggers
@@ -240,20 +241,20 @@ class Queries:
         The changes of a task take turns here, and those that wait for a lock of somebody else: in the database each
         would wait with a connection, and soon nobody would have one.
         """
-        async with self.turns.setdefault((user_id, task_id), Places(1)):
+        async with self.change_turns.setdefault((user_id, task_id), Turns(1)):
             try:
                 return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
             except asyncpg.LockNotAvailableError:
-                async with self.lock_waits:
+                async with self.lock_turns:
                     return await self._send(WAITING_FOR_LOCK[statement], user_id, task_id, *parameters, alone=True)
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Any:
         """Return the row of a statement, or None if it gives none.
 
         Unless it is to go alone, it shares a message to the database with the calls of the same statement that come in
-        the same turn of the event loop. Where such a message is under way, it waits for the next one: until the first
+        the same turn of the event loop. Where such a message has just been sent, it waits for the next one: until that
         is back, ENOUGH wait, or PATIENCE is over. The database executes the statement for each caller in turn, in one
-        transaction. Under load this halves the CPU that one takes here, and quarters that of the database.
+        transaction. Under load this saves much CPU, here and in the database.
         """
         loop = asyncio.get_running_loop()
         call = Call((user_id, *parameters), loop.create_future(), contextvars.copy_context())
@@ -290,13 +291,13 @@ class Queries:
         return message
 
     async def _send_message(self, statement: str, calls: list[Call], again: bool) -> None:
-        """Send a statement for each of some callers; where one spoils it, or a read was lost, again for each alone."""
+        """Send a statement for some calls; if one of them spoils it, or a read was lost, once more for each alone."""
         try:
             rows = await self._rows(statement, calls)
             answers = list(zip(calls, rows, strict=True))
         except Exception as error:
             if isinstance(error, CONNECTION_LOST):
-                repeatable = statement in READS  # how far a write came, nobody knows
+                repeatable = statement in READS  # nobody knows how far a write got
             else:
                 repeatable = len(calls) > 1 and isinstance(error, asyncpg.PostgresError)  # none of it was done
             if repeatable and not again:
@@ -327,7 +328,7 @@ class Queries:
             # A restart has ended all the connections of the pool, a failover left them with what is a standby now.
             await self.pool.expire_connections()
             raise
-        if statement in CHANGES:  # where there is no such task, there is no row
+        if statement in CHANGES:  # which give no row where there is no such task
             found: dict[Any, asyncpg.Record] = {(row["user_id"], row["id"]): row for row in rows}
             return [found.get(call.parameters[:2]) for call in calls]
-        return [*rows] or [None]
+        return [*rows] or [None]  # None for a creation whose key came with another request, which goes alone

@@ -1,6 +1,6 @@
 -- The new task and its id. $2: null, or an Idempotency-Key, a space, and the hash of what it came with. Then the fields
--- of a task, in their order. The same $2 again gives the task that it made, whoever is first, and the same key with
--- another hash no row.
+-- of a task, in their order. The same $2 again, even at the same time, gives the task that it made, and the same
+-- key with another hash no row. The update changes nothing, but lets RETURNING see that task.
 INSERT INTO task (user_id, idempotency_key, title, description, completed)
 VALUES ($1, $2, $3, $4, $5)
 ON CONFLICT (user_id, split_part(idempotency_key, ' ', 1)) WHERE idempotency_key IS NOT NULL

@@ -1,5 +1,5 @@
 -- The caller's tasks, newest first, as bytes of JSON: a list may be long, and needs no copy then on its way to the
--- client. {status} is one of STATUSES, see __init__.py.
+-- client. {status} is a condition, one of the values of STATUSES in __init__.py.
 SELECT convert_to(format('{"items": [%s]}', string_agg(item, ', ')), 'UTF8')
 FROM (
     SELECT {task} AS item

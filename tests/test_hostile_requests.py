@@ -750,9 +750,9 @@ def impatient(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[
     folder = tmp_path_factory.mktemp("impatient")
     shutil.copytree(ROOT / "sql", folder / "sql", ignore=shutil.ignore_patterns("__pycache__"))
     program = (ROOT / "service.py").read_text()
-    for name, seconds in (("KEEP_ALIVE = 95", "KEEP_ALIVE = 1"), ("REQUEST_TIMEOUT = 15.0", "REQUEST_TIMEOUT = 0.5")):
+    for name, seconds in (("KEEP_ALIVE = 95", 1), ("UNREAD_TIMEOUT = 95", 1), ("REQUEST_TIMEOUT = 15.0", 0.5)):
         assert name in program
-        program = program.replace(name, seconds)
+        program = program.replace(name, f"{name.partition(' ')[0]} = {seconds}")
     (folder / "service.py").write_text(program)
     service = Service(new_database(), folder=folder)
     service.wait_until_ready()
