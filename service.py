@@ -1231,7 +1231,7 @@ KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 9
 HEAD_LIMIT = 65_536  # bytes of a request, but for its body, that may follow those in which it began
 PIPELINE_LIMIT = 1000  # requests on a connection that may wait for the answers to those before
 REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request to its last
-UNREAD_TIMEOUT = 95  # seconds for which a client may read nothing of its answers
+UNREAD_TIMEOUT = 300  # seconds for which a client may read nothing; what it reads of the system's buffer is not seen
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
 STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
 
@@ -1298,7 +1298,7 @@ class Packets:
         self.transport = transport
         self.loop = loop
         self.written: list[bytes] = []
-        self.watched = False
+        self.watched = self.moved = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
@@ -1312,16 +1312,16 @@ class Packets:
         written, self.written = self.written, []
         if written and not self.transport.is_closing():
             self.transport.writelines(written)
-            unread = self.transport.get_write_buffer_size()
-            if unread and not self.watched:
-                self.watched = True
-                self.loop.call_later(UNREAD_TIMEOUT, self.watch, unread)
+            self.moved = True
+            if not self.watched and self.transport.get_write_buffer_size():
+                self.watch()
 
-    def watch(self, unread_before: int) -> None:
+    def watch(self, unread_before: int = 0) -> None:
         """Abort a connection of whose answers nothing was sent since the last look: they would be kept for ever."""
         unread = self.transport.get_write_buffer_size()
-        self.watched = unread not in (0, unread_before)
+        self.watched = unread > 0 and (self.moved or unread != unread_before)
         if self.watched:
+            self.moved = False
             self.loop.call_later(UNREAD_TIMEOUT, self.watch, unread)
         elif unread:
             self.transport.abort()

@@ -158,8 +158,8 @@ class Queries:
         self.pool = pool
         self.schema_applied = False
         self.has_triggers = True
-        # Weak, so that there is one only while somebody has or awaits it.
-        self.change_turns: weakref.WeakValueDictionary[tuple[str, int], Turns] = weakref.WeakValueDictionary()
+        # Of a user's changes of one task, or creations with one key; there only while somebody has or awaits a turn.
+        self.turns: weakref.WeakValueDictionary[tuple[str, int | str], Turns] = weakref.WeakValueDictionary()
         self.list_turns: weakref.WeakValueDictionary[str, Turns] = weakref.WeakValueDictionary()
         self.held_long = max(1, min(HELD_LONG, pool.get_max_size() // 2))
         self.lock_turns = Turns(self.held_long)
@@ -209,9 +209,12 @@ class Queries:
 
         The key has the hash of the request behind it; None is returned where it first came with another request.
         """
-        # With a key it may have to wait for another one, or give no row. What a trigger may do nobody knows.
-        alone = idempotency_key is not None or self.has_triggers
-        row = await self._send(CREATE_TASK, user_id, idempotency_key, *values, alone=alone)
+        if idempotency_key is None:
+            row = await self._send(CREATE_TASK, user_id, None, *values, alone=self.has_triggers)
+        else:  # which may have to wait for another one of its key, or give no row
+            turn = self.turns.setdefault((user_id, idempotency_key.partition(" ")[0]), Turns(1))
+            async with turn:
+                row = await self._send(CREATE_TASK, user_id, idempotency_key, *values, alone=True)
         return (row[0], row[1]) if row else None
 
     # The changes apply only to the versions that they are given, if any; None means no such task or no such version.
@@ -241,7 +244,7 @@ class Queries:
         The changes of a task take turns here, and those that wait for a lock of somebody else: in the database each
         would wait with a connection, and soon nobody would have one.
         """
-        async with self.change_turns.setdefault((user_id, task_id), Turns(1)):
+        async with self.turns.setdefault((user_id, task_id), Turns(1)):
             try:
                 return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
             except asyncpg.LockNotAvailableError:

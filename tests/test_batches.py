@@ -517,6 +517,33 @@ def test_changes_that_wait_for_a_lock_leave_connections_to_others(empty_url: str
     asyncio.run(check())
 
 
+def test_creations_with_one_key_leave_connections_to_others(empty_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(empty_url) as (_, queries):
+            first = await queries.create_task("alice", "key hash", ["x", None, False])
+            assert first
+            admin = await asyncpg.connect(empty_url)
+            lock = admin.transaction()
+            await lock.start()
+            await admin.execute("SELECT FROM task WHERE user_id = 'alice' FOR UPDATE")
+            again = [
+                asyncio.create_task(queries.create_task("alice", "key hash", ["x", None, False])) for _ in range(8)
+            ]
+            other = asyncio.create_task(queries.create_task("alice", "key other", ["y", None, False]))
+            try:
+                await asyncio.sleep(0.2)
+                async with asyncio.timeout(0.5):
+                    assert await queries.get_task("bob", 1) is None
+                assert not any(each.done() for each in [*again, other])
+            finally:
+                await lock.rollback()
+            assert await asyncio.gather(*again) == [first] * 8
+            assert await other is None
+            await admin.close()
+
+    asyncio.run(check())
+
+
 def test_processes_that_change_the_same_tasks_do_not_wait_for_each_other(empty_url: str) -> None:
     async def check() -> None:
         async with (
