@@ -786,6 +786,7 @@ def test_a_pool_without_a_free_connection_is_a_503_in_time(url: str, start: Call
         task, bobs = alice.create(), bob.create()
         with locked_row(url, task):
             answer = complete(executor, alice, task, "locked")
+            time.sleep(0.3)  # it finds out that it has to wait, and lets the connection go for a moment
             wait_for_locked(url)
             started = time.monotonic()
             waiting = executor.submit(bob.get, "/api/tasks", headers={"X-Request-ID": "waiting"})

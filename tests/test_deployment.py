@@ -172,7 +172,7 @@ def test_an_idle_connection_outlives_the_patience_of_a_router(service: Service) 
 def test_requests_in_flight_are_finished_when_the_service_is_stopped(
     workers: str, everybody: bool, database_url: str, start_service: StartService
 ) -> None:
-    service = start_service(database_url, WEB_CONCURRENCY=workers, DATABASE_POOL_SIZE="20")
+    service = start_service(database_url, WEB_CONCURRENCY=workers)
     service.wait_until_ready()
     with (
         service.client("alice") as alice,
@@ -180,16 +180,16 @@ def test_requests_in_flight_are_finished_when_the_service_is_stopped(
         psycopg.connect(database_url) as lock,
         ThreadPoolExecutor(10) as threads,
     ):
-        ids, other = [alice.create()["id"] for _ in range(5)], bob.create()
+        ids, other = [alice.create()["id"] for _ in range(4)], bob.create()
         lock.execute("SELECT FROM task WHERE id = ANY(%s) FOR UPDATE", [ids])
         paths = [f"/api/tasks/{task_id}/complete" for task_id in ids]
         in_flight = [threads.submit(alice.patch, path, json={"completed": True}) for path in paths]
-        assert eventually(lambda: waiting_for_locks(database_url) == 5)
+        assert eventually(lambda: waiting_for_locks(database_url) == 4)
         terminate(service, everybody)
         time.sleep(1)
         refused = refuses(service)
         lock.rollback()
-        assert [answer.result().status_code for answer in in_flight] == [200] * 5
+        assert [answer.result().status_code for answer in in_flight] == [200] * 4
     assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     assert "Traceback" not in service.log
     kept = [*((task_id, True) for task_id in ids), (other["id"], False)]
