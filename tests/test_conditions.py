@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -902,7 +903,8 @@ def race(
     with ThreadPoolExecutor(len(requests)) as threads, psycopg.connect(service.database_url) as connection:
         connection.execute(held, parameters)
         answers = [threads.submit(request) for request in requests]
-        wait_for_waiting_statements(service, 2)  # in each of the processes, the others wait for their turn
+        wait_for_waiting_statements(service, 1)
+        time.sleep(0.2)  # for one of each process at most; the others wait there for their turn
         connection.rollback()
         return [answer.result() for answer in answers]
 
