@@ -41,6 +41,18 @@ def filled_url(new_database: Callable[[], str]) -> str:
 
 
 @asynccontextmanager
+async def locked(url: str, *users: str) -> AsyncIterator[None]:
+    """Hold the locks of all tasks of some users, as somebody else does."""
+    connection = await asyncpg.connect(url)
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT FROM task WHERE user_id = ANY($1) FOR UPDATE", users)
+            yield
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
 async def pool_and_queries(
     url: str, connection_class: type[Connection] = Connection
 ) -> AsyncIterator[tuple[asyncpg.Pool, Queries]]:
@@ -468,24 +480,18 @@ def test_changes_do_not_wait_for_the_lock_that_one_of_them_waits_for(empty_url: 
     async def check() -> None:
         async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
             ids = await make_tasks(pool, USERS[:20])
-            admin = await asyncpg.connect(empty_url)
-            lock = admin.transaction()
-            await lock.start()
-            await admin.execute("SELECT FROM task WHERE user_id = 'user-7' FOR UPDATE")
-            toggles = [
-                asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None)) for user_id in USERS[:20]
-            ]
-            try:
+            async with locked(empty_url, "user-7"):
+                toggles = [
+                    asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None))
+                    for user_id in USERS[:20]
+                ]
                 async with asyncio.timeout(1):
                     await asyncio.gather(*toggles[:7], *toggles[8:])
                 await asyncio.sleep(0.5)
                 assert not toggles[7].done()  # it waits for as long as it takes
-            finally:
-                await lock.rollback()
             await toggles[7]
             assert Spy.failed == ["LockNotAvailableError"] * 2  # with the others, and alone
             assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 20
-            await admin.close()
 
     asyncio.run(check())
 
@@ -494,25 +500,19 @@ def test_changes_that_wait_for_a_lock_leave_connections_to_others(empty_url: str
     async def check() -> None:
         async with pool_and_queries(empty_url, connection_class=Spy) as (pool, queries):
             ids = await make_tasks(pool, USERS[:20])
-            admin = await asyncpg.connect(empty_url)
-            lock = admin.transaction()
-            await lock.start()
-            await admin.execute("SELECT FROM task WHERE user_id = ANY($1) FOR UPDATE", USERS[:10])
-            toggles = [
-                asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None)) for user_id in USERS[:10]
-            ]
-            try:
+            async with locked(empty_url, *USERS[:10]):
+                toggles = [
+                    asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None))
+                    for user_id in USERS[:10]
+                ]
                 await asyncio.sleep(0.7)
                 async with asyncio.timeout(0.3):
                     for user_id in USERS[10:20]:
                         await queries.get_task(user_id, 1)
                         await queries.complete_task(user_id, ids[user_id], None, None)
                 assert not any(toggle.done() for toggle in toggles)
-            finally:
-                await lock.rollback()
             await asyncio.gather(*toggles)
             assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 20
-            await admin.close()
 
     asyncio.run(check())
 
@@ -522,24 +522,14 @@ def test_creations_with_one_key_leave_connections_to_others(empty_url: str) -> N
         async with pool_and_queries(empty_url) as (_, queries):
             first = await queries.create_task("alice", "key hash", ["x", None, False])
             assert first
-            admin = await asyncpg.connect(empty_url)
-            lock = admin.transaction()
-            await lock.start()
-            await admin.execute("SELECT FROM task WHERE user_id = 'alice' FOR UPDATE")
-            again = [
-                asyncio.create_task(queries.create_task("alice", "key hash", ["x", None, False])) for _ in range(8)
-            ]
-            other = asyncio.create_task(queries.create_task("alice", "key other", ["y", None, False]))
-            try:
+            async with locked(empty_url, "alice"):
+                keys = ["key hash"] * 8 + ["key other"]
+                again = [asyncio.create_task(queries.create_task("alice", key, ["x", None, False])) for key in keys]
                 await asyncio.sleep(0.2)
                 async with asyncio.timeout(0.5):
                     assert await queries.get_task("bob", 1) is None
-                assert not any(each.done() for each in [*again, other])
-            finally:
-                await lock.rollback()
-            assert await asyncio.gather(*again) == [first] * 8
-            assert await other is None
-            await admin.close()
+                assert not any(each.done() for each in again)
+            assert await asyncio.gather(*again) == [first] * 8 + [None]
 
     asyncio.run(check())
 

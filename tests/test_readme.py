@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sql import ACQUIRE_TIMEOUT, COMMAND_TIMEOUT, TURN_TIMEOUT
+from sql import ACQUIRE_TIMEOUT, COMMAND_TIMEOUT, HELD_LONG, TURN_TIMEOUT
 from tests.postgres import free_port
 from tests.service_process import ROOT, SECRET, Client, Service, environment
 
@@ -229,3 +229,13 @@ def test_the_times_that_a_request_waits_are_the_real_ones_and_less_than_a_router
     assert max(TURN_TIMEOUT + 2 * tries, a_locked_task) < 30
     times = f"{TURN_TIMEOUT:.0f} seconds for its turn to change a task, {ACQUIRE_TIMEOUT:.0f} for a connection,"
     assert f"{times} {COMMAND_TIMEOUT:.0f} for its statement" in " ".join(README.split())
+
+
+def test_the_limits_of_a_request_and_of_connections_are_the_real_ones() -> None:
+    program = (ROOT / "service.py").read_text()
+    assert "\nREQUEST_TIMEOUT = 15.0 " in program
+    assert "\nHEAD_LIMIT = 65_536 " in program
+    assert (
+        "| 408, 431 | the request takes more than 15 seconds to arrive; its head has no end within 64 KiB |" in README
+    )
+    assert (HELD_LONG, "and not more than four, wait for rows" in README) == (4, True)
