@@ -188,7 +188,7 @@ class Queries:
             # Of one user only some at once, or soon nobody else would have a connection.
             async with self.list_turns.setdefault(user_id, Turns(self.held_long)):
                 row = await self._send(statement, user_id, alone=True)
-        tasks: bytes = row[0]
+        tasks = b'{"items": [%b]}' % (row[0] or b"")
         if len(tasks) > SHORT_LIST:
             self.short_lists.discard(which)
         else:

@@ -1,6 +1,7 @@
--- The caller's tasks, newest first, as bytes of JSON: a list may be long, and needs no copy then on its way to the
--- client. {status} is a condition, one of the values of STATUSES in __init__.py.
-SELECT convert_to(format('{"items": [%s]}', string_agg(item, ', ')), 'UTF8')
+-- The caller's tasks, newest first, as bytes of JSON, each task after a comma but the first, or null if there are none.
+-- They are bytes because a list may be long: text would be decoded, only to be encoded again for the client. {status} is
+-- a condition, one of the values of STATUSES in __init__.py.
+SELECT convert_to(string_agg(item, ', '), 'UTF8')
 FROM (
     SELECT {task} AS item
     FROM task

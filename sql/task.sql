@@ -6,6 +6,6 @@
 || ', "user_id": ' || to_json(user_id)
 || ', "title": ' || to_json(title)
 || ', "description": ' || coalesce(to_json(description), 'null')
-|| ', "completed": ' || to_json(completed)
+|| ', "completed": ' || completed
 || ', "created_at": "' || coalesce(to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'), '')
 || '", "updated_at": "' || {version} || '"}'
