@@ -292,7 +292,28 @@ UNAVAILABLE = (
 REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)  # 22 and 23
 
 
-async def error_response(request: Request, error: Exception) -> Response:
+class Errors:
+    """ASGI middleware that answers every exception, and lets those of bugs go on to the log.
+
+    Starlette has two layers for this, and each wraps `send` for every request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            response = error_response(Request(scope), error)
+            await response(scope, receive, send)
+            if response.status_code == 500:
+                raise
+
+
+def error_response(request: Request, error: Exception) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
     if isinstance(error, UNAVAILABLE):
         request.scope["trouble"] = reason(error)
@@ -687,12 +708,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and under_api(scope):
-            try:
-                scope["user"] = await self.identity.caller(dict(scope["headers"]).get(b"authorization", b""))
-            except ApiError as error:
-                response = await error_response(Request(scope), error)
-                await response(scope, receive, send)
-                return
+            scope["user"] = await self.identity.caller(dict(scope["headers"]).get(b"authorization", b""))
         await self.app(scope, receive, send)
 
 
@@ -754,7 +770,7 @@ class Answers:
         bug = None
         try:
             await app(scope, receive, send_with_headers)
-        except Exception as error:  # a bug, answered with a 500 by now: Starlette raises it again for the log
+        except Exception as error:  # a bug, answered with a 500 by now
             bug = error
         ms = (time.perf_counter() - started) * 1000
         line = f"method={scope['method']} path={logfmt(path)} status={status} ms={ms:.1f} id={request_id}"
@@ -1186,6 +1202,16 @@ def create_app(settings: Settings) -> ASGIApp:
     identity = Identity(settings)
 
     @contextlib.asynccontextmanager
+class Application(Starlette):
+    """A Starlette with no layers but the middleware that it is given: Errors does the work of Starlette's own."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        app: ASGIApp = self.router
+        for middleware, args, kwargs in reversed(self.user_middleware):
+            app = middleware(app, *args, **kwargs)
+        return app
+
+
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
         if settings.ignored:
             log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(settings.ignored))
@@ -1204,14 +1230,13 @@ def create_app(settings: Settings) -> ASGIApp:
             async with asyncio.timeout(SHUTDOWN_PATIENCE):
                 await pool.close()  # past the timeout it terminates the connections instead
 
-    app = Starlette(
+    app = Application(
         routes=ROUTES,
-        middleware=[Middleware(Authentication, identity=identity)],
-        exception_handlers=dict.fromkeys((HTTPException, *UNAVAILABLE, *REFUSED, Exception), error_response),
+        middleware=[Middleware(Errors), Middleware(Authentication, identity=identity)],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    # Outside of Starlette's own middleware, so that its 500s carry the headers too.
+    # Outside of Errors, so that its answers carry the headers too.
     with_cors = CORSMiddleware(
         app,
         allow_origins=settings.cors_origins,
