@@ -388,6 +388,8 @@ COMPLETION: dict[str, Any] = {
     "description": "Sets `completed`; without a body, or without the field, it is toggled.",
 }
 
+DECIMAL = re.compile("-?[0-9]+")
+SURROGATE = re.compile("[\ud800-\udfff]")
 JSON_TYPES = {str: "string", bool: "boolean", type(None): "null"}
 
 
@@ -402,7 +404,7 @@ def problem(rule: Mapping[str, Any], value: object) -> str | None:
         return f"must be one of {', '.join(rule['enum'])}"
     if len(value) > rule.get("maxLength", math.inf):
         return f"must have at most {rule['maxLength']} characters"
-    if re.search("[\ud800-\udfff]", value):
+    if SURROGATE.search(value):
         return "must not contain a lone surrogate"
     if not re.search(rule.get("pattern", ""), value):
         if "\0" in value:
@@ -421,7 +423,7 @@ def body_errors(schema: Mapping[str, Any], body: object) -> dict[str, str]:
 
 
 def task_id_errors(request: Request) -> dict[str, str]:
-    decimal = re.fullmatch("-?[0-9]+", request.path_params.get("task_id", "0"))
+    decimal = DECIMAL.fullmatch(request.path_params.get("task_id", "0"))
     return {} if decimal else {"task_id": "must be a decimal integer"}
 
 
@@ -444,19 +446,19 @@ def valid_fields(request: Request, schema: Mapping[str, Any], body: object) -> d
 
 async def read_body(request: Request) -> bytearray:
     """Return the bytes of the body; raise 413 as soon as there are too many, and 415 if they are not meant as JSON."""
-    content, too_large = bytearray(), ApiError(413)
+    content = bytearray()
     declared = "content-length" in request.headers or "transfer-encoding" in request.headers
     if not declared and request.scope["http_version"].startswith("1."):
         return content  # RFC 9112, section 6.3
     if int(request.headers.get("content-length", "0")) > BODY_LIMIT:
-        raise too_large
+        raise ApiError(413)
     if declared and "upgrade" in request.headers:
         raise ApiError(400, "A request with a body must not offer to upgrade the connection")
     try:
         async for chunk in request.stream():  # which HttpProtocol puts an end to
             content += chunk
             if len(content) > BODY_LIMIT:
-                raise too_large
+                raise ApiError(413)
     except ClientDisconnect:
         raise ApiError(400, "The body ended before it was complete") from None
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -785,10 +787,13 @@ class Answers:
                 sys.stdout.flush()
 
 
+PLAIN = re.compile(r"[\w./:%~@+-]+", re.ASCII)
+
+
 def logfmt(value: object) -> str:
     """Return a value for a logfmt line, quoted where it holds more than plain characters, always on one line."""
     text = str(value)
-    return text if re.fullmatch(r"[\w./:%~@+-]+", text, re.ASCII) else json.dumps(text)
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
 # --- Handlers, in the order of the route table; the first lines of their docstrings are the summaries in OpenAPI ------
