@@ -1202,11 +1202,6 @@ async def apply_schema_with_patience(queries: Queries) -> None:
             await asyncio.sleep(1)
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """Return the application."""
-    identity = Identity(settings)
-
-    @contextlib.asynccontextmanager
 class Application(Starlette):
     """A Starlette with no layers but the middleware that it is given: Errors does the work of Starlette's own."""
 
@@ -1217,6 +1212,11 @@ class Application(Starlette):
         return app
 
 
+def create_app(settings: Settings) -> ASGIApp:
+    """Return the application."""
+    identity = Identity(settings)
+
+    @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
         if settings.ignored:
             log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(settings.ignored))
@@ -1328,6 +1328,7 @@ class Packets:
         self.transport = transport
         self.loop = loop
         self.written: list[bytes] = []
+        self.is_closing = transport.is_closing  # as __getattr__ would have it, but every answer asks for it
         self.watched = self.moved = False
 
     def __getattr__(self, name: str) -> Any:
@@ -1385,14 +1386,15 @@ class HttpProtocol(HttpToolsProtocol):
         self.packets = Packets(transport, self.loop)
         super().connection_made(self.packets)  # type: ignore[arg-type]
         self.flow = Flow(self.packets, self.pipeline)
-        self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE, self.timeout_keep_alive_handler)
+        self.idle_since = self.loop.time()
+        self.idle_timer = self.loop.call_later(KEEP_ALIVE, self.close_if_idle)
         self.in_head = self.in_request = False
         self.size = 0  # of what has come since the last byte of a body, or since the head has begun
         self.deadline: asyncio.TimerHandle | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for timer in (self.timeout_keep_alive_task, self.deadline):
+        for timer in (self.idle_timer, self.deadline):
             if timer:
                 timer.cancel()
 
@@ -1403,8 +1405,6 @@ class HttpProtocol(HttpToolsProtocol):
             self.deadline = self.deadline or self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
             if self.size > HEAD_LIMIT:
                 self.refuse(431, f"The head of a request must end within {HEAD_LIMIT} bytes")
-        elif not self.cycle or self.cycle.response_complete:  # it is idle
-            self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE, self.timeout_keep_alive_handler)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -1428,6 +1428,24 @@ class HttpProtocol(HttpToolsProtocol):
         if self.deadline:
             self.deadline.cancel()
             self.deadline = None
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, as uvicorn does, but without a timer for each answer."""
+        self.server_state.total_requests += 1
+        self.idle_since = self.loop.time()
+        if not self.packets.is_closing():
+            self.flow.resume_reading()
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
+
+    def close_if_idle(self) -> None:
+        """Close the connection if it has been idle for long enough, or see again when it may have been."""
+        idle = not self.in_request and (not self.cycle or self.cycle.response_complete)
+        left = self.idle_since + KEEP_ALIVE - self.loop.time() if idle else KEEP_ALIVE
+        if left > 0:
+            self.idle_timer = self.loop.call_later(left, self.close_if_idle)
+        else:
+            self.packets.close()
 
     def give_up(self) -> None:
         """Refuse a request that does not come to its end, unless that is because nothing is read here."""
