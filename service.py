@@ -1149,20 +1149,20 @@ class State(TypedDict):
     queries: Queries
 
 
-class TracedConnection(Connection):
-    """A connection that gives OpenTelemetry a span for each statement, with its text and without its parameters.
+class TracedQueries(Queries):
+    """Queries that give OpenTelemetry a span for each statement, with its text and without its parameters.
 
-    Statements that share a message share a span, in the trace of one of them.
+    It lasts for as long as the request waits: for a connection and for others that share the message too.
     """
 
-    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+    async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Any:
         from opentelemetry import trace
 
-        verb, *_ = re.sub("^--.*", "", query, flags=re.MULTILINE).split()
-        attributes = {"db.system": "postgresql", "db.statement": query}
+        verb, *_ = re.sub("^--.*", "", statement, flags=re.MULTILINE).split()
+        attributes = {"db.system": "postgresql", "db.statement": statement}
         span = trace.get_tracer("service").start_span(verb, kind=trace.SpanKind.CLIENT, attributes=attributes)
         try:
-            return await super().fetchmany(query, args, **options)
+            return await super()._send(statement, user_id, *parameters, alone=alone)
         except Exception:
             span.set_status(trace.StatusCode.ERROR)  # and no more: the error may quote the task
             raise
@@ -1173,11 +1173,7 @@ class TracedConnection(Connection):
 def create_pool(settings: Settings) -> asyncpg.Pool:
     """Return a pool that opens connections as requests need them, so that a process starts without the database."""
     return asyncpg.create_pool(
-        **settings.database,
-        min_size=0,
-        command_timeout=COMMAND_TIMEOUT,
-        # opentelemetry-instrument has loaded it before this program; otherwise nothing does.
-        connection_class=TracedConnection if "opentelemetry" in sys.modules else Connection,
+        **settings.database, min_size=0, command_timeout=COMMAND_TIMEOUT, connection_class=Connection
     )
 
 
@@ -1221,7 +1217,8 @@ def create_app(settings: Settings) -> ASGIApp:
         if settings.ignored:
             log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(settings.ignored))
         pool = await create_pool(settings)
-        queries = Queries(pool)
+        # opentelemetry-instrument has loaded it before this program; otherwise nothing does.
+        queries = TracedQueries(pool) if "opentelemetry" in sys.modules else Queries(pool)
         schema = asyncio.create_task(apply_schema_with_patience(queries))
         others = [asyncio.create_task(each) for each in (identity.keep_keys_fresh(), end_with_supervisor())]
         await asyncio.wait([schema], timeout=STARTUP_PATIENCE)

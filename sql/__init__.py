@@ -7,7 +7,6 @@ bound to `$1` in one of the ways that `load` knows, so who may see what is settl
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import re
 import weakref
 from collections import defaultdict
@@ -133,8 +132,6 @@ class Call(NamedTuple):
 
     parameters: tuple[object, ...]
     row: asyncio.Future[asyncpg.Record | None]
-    context: contextvars.Context
-    """Of the request, in whose trace the statement is to be."""
 
 
 class Turns(asyncio.Semaphore):
@@ -260,7 +257,7 @@ class Queries:
         transaction. Under load this saves much CPU, here and in the database.
         """
         loop = asyncio.get_running_loop()
-        call = Call((user_id, *parameters), loop.create_future(), contextvars.copy_context())
+        call = Call((user_id, *parameters), loop.create_future())
         if alone:
             self._start(statement, [call])
         else:
@@ -288,7 +285,7 @@ class Queries:
             asyncio.get_running_loop().call_later(PATIENCE, go_on, message)
 
     def _start(self, statement: str, calls: list[Call], *, again: bool = False) -> asyncio.Task[None]:
-        message = asyncio.create_task(self._send_message(statement, calls, again), context=calls[0].context)
+        message = asyncio.create_task(self._send_message(statement, calls, again))
         self.sending.add(message)  # or it could be collected as garbage
         message.add_done_callback(self.sending.discard)
         return message

@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, ClassVar
 
@@ -102,19 +101,14 @@ def test_reads_of_one_moment_take_one_connection_and_later_ones_another(filled_u
     asyncio.run(check())
 
 
-TRACE: ContextVar[str] = ContextVar("TRACE", default="none")
-
-
 class Spy(Connection):
-    """A connection that notes how many calls shared a message, in which trace it was sent, and why it failed if so."""
+    """A connection that notes how many calls shared a message, and why it failed if so."""
 
     sent: ClassVar[list[int]] = []
-    traces: ClassVar[list[str]] = []
     failed: ClassVar[list[str]] = []
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         self.sent.append(len(args))
-        self.traces.append(TRACE.get())
         try:
             return await super().fetchmany(query, args, **options)
         except Exception as error:
@@ -124,7 +118,7 @@ class Spy(Connection):
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_seen() -> None:
-    for seen in (Spy.sent, Spy.traces, Spy.failed):
+    for seen in (Spy.sent, Spy.failed):
         seen.clear()
 
 
@@ -296,27 +290,6 @@ def test_reads_survive_the_loss_of_their_connections(filled_url: str) -> None:
             lists = await asyncio.gather(*(queries.list_tasks(user_id, "all") for user_id in USERS[:100]))
             assert [len(json.loads(text)["items"]) for text in lists] == [1 + number % 3 for number in range(100)]
             await admin.close()
-
-    asyncio.run(check())
-
-
-def test_a_message_is_sent_in_the_trace_of_one_that_it_is_for(filled_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not in that of the message before, for which it has waited."""
-    monkeypatch.setattr(sql, "PATIENCE", 10.0)
-
-    async def check() -> None:
-        async with pool_and_queries(filled_url, connection_class=Slow) as (_, queries):
-
-            async def read(user_id: str) -> None:
-                TRACE.set(f"trace of {user_id}")
-                await queries.get_task(user_id, 1)
-
-            reads = []
-            for user_id in USERS[1:4]:
-                reads.append(asyncio.create_task(read(user_id)))
-                await asyncio.sleep(0.005)
-            await asyncio.gather(*reads)
-            assert (Slow.sent, Slow.traces) == ([1, 2], ["trace of user-1", "trace of user-2"])
 
     asyncio.run(check())
 

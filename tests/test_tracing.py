@@ -133,7 +133,7 @@ def test_a_request_and_its_statement_are_in_the_trace_of_the_client(
     assert sent.end_time_unix_nano < request.end_time_unix_nano
 
 
-def test_reads_that_share_a_message_share_a_span_in_one_of_their_traces(
+def test_reads_that_share_a_message_have_a_span_each(
     database_url: str, start_service: Callable[..., Service], collector: Collector
 ) -> None:
     service = start_service(database_url, **export_to(collector.server_port))
@@ -150,11 +150,11 @@ def test_reads_that_share_a_message_share_a_span_in_one_of_their_traces(
         service.process.send_signal(signal.SIGCONT)
         assert [answer.result().status_code for answer in answers] == [404] * 10
     service.stop()  # which exports what is left
-    spans = collector.wait_for_spans(trace_id, 11)
+    spans = collector.wait_for_spans(trace_id, 20)
     requests = {span.span_id for span in spans if span.kind == SERVER}
     sent = [span for span in spans if span.kind == CLIENT]
     assert len(requests) == 10
-    assert [span.parent_span_id in requests for span in sent] == [True]
+    assert sorted(span.parent_span_id for span in sent) == sorted(requests)
 
 
 def test_neither_tasks_nor_tokens_are_exported(
