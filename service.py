@@ -43,7 +43,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import asyncpg
@@ -1385,7 +1385,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow = Flow(self.packets, self.pipeline)
         self.idle_since = self.loop.time()
         self.idle_timer = self.loop.call_later(KEEP_ALIVE, self.close_if_idle)
-        self.in_head = self.in_request = False
+        self.arriving: Literal["head", "body", "nothing"] = "nothing"
         self.size = 0  # of what has come since the last byte of a body, or since the head has begun
         self.deadline: asyncio.TimerHandle | None = None
 
@@ -1398,21 +1398,21 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
         super().data_received(data)
-        if self.in_request:  # which is rare: most requests come in one piece
+        if self.arriving != "nothing":  # which is rare: most requests come in one piece
             self.deadline = self.deadline or self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
             if self.size > HEAD_LIMIT:
                 self.refuse(431, f"The head of a request must end within {HEAD_LIMIT} bytes")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.in_head = self.in_request = True
+        self.arriving = "head"
         self.size = 0
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= PIPELINE_LIMIT:
             raise ValueError  # as if it were no request
         super().on_headers_complete()
-        self.in_head = False
+        self.arriving = "body"
         self.headers = []  # for trailers, and nobody reads it
 
     def on_body(self, body: bytes) -> None:
@@ -1421,7 +1421,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self.in_request = False
+        self.arriving = "nothing"
         if self.deadline:
             self.deadline.cancel()
             self.deadline = None
@@ -1437,7 +1437,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def close_if_idle(self) -> None:
         """Close the connection if it has been idle for long enough, or see again when it may have been."""
-        idle = not self.in_request and (not self.cycle or self.cycle.response_complete)
+        idle = self.arriving == "nothing" and (not self.cycle or self.cycle.response_complete)
         left = self.idle_since + KEEP_ALIVE - self.loop.time() if idle else KEEP_ALIVE
         if left > 0:
             self.idle_timer = self.loop.call_later(left, self.close_if_idle)
@@ -1471,7 +1471,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.pipeline and self.cycle.more_body:
             self.pipeline[0] = self.cycle, error  # type: ignore[assignment]  # in place of the app
         elif not self.close_after_answer():
-            if self.in_head or not self.cycle.response_started:
+            if self.arriving == "head" or not self.cycle.response_started:
                 head = b"".join(b"%b: %b\r\n" % each for each in error.raw_headers)
                 self.packets.write(STATUS_LINE[status] + head + b"\r\n" + error.body)
             self.packets.close()

@@ -17,8 +17,10 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import psutil
+import psycopg
 import pytest
 
+from tests.conftest import new_user_id
 from tests.service_process import ROOT, Client, Service
 
 NOT_JSON = {"detail": "The body must be valid JSON, encoded as UTF-8"}
@@ -743,6 +745,19 @@ def test_of_a_flood_of_requests_on_one_connection_little_is_held(service: Servic
     assert largest < before + 5
 
 
+def test_connections_that_are_closed_leave_nothing_behind(service: Service) -> None:
+    def come_and_go(times: int) -> None:
+        for _ in range(times):
+            with Raw(service) as connection:
+                connection.send("GET /health")
+                assert connection.answer().status == 200
+
+    come_and_go(200)  # what the first ones leave is kept for the next
+    before = service.memory
+    come_and_go(2000)
+    assert service.memory < before + 3
+
+
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[], str]) -> Iterator[Service]:
     """A service that closes connections sooner."""
@@ -778,6 +793,25 @@ def test_an_idle_connection_is_closed_whatever_it_has_sent(impatient: Service, p
         started = time.monotonic()
         assert connection.is_closed()
         assert time.monotonic() - started < 2
+
+
+def test_a_connection_is_not_idle_between_requests_that_come_often(impatient: Service) -> None:
+    with Raw(impatient) as connection:
+        for _ in range(5):
+            connection.send("GET /health")
+            assert connection.answer().status == 200
+            time.sleep(0.5)
+
+
+def test_a_connection_is_not_idle_while_its_answer_is_due(impatient: Service) -> None:
+    with impatient.client(new_user_id()) as client:
+        task_id, authorization = client.create()["id"], client.headers["authorization"]
+    with psycopg.connect(impatient.database_url) as lock, Raw(impatient) as connection:
+        lock.execute("SELECT FROM task FOR UPDATE")
+        connection.send(f"DELETE /api/tasks/{task_id}", f"Authorization: {authorization}")
+        time.sleep(1.5)
+        lock.rollback()
+        assert connection.answer().status == 204
 
 
 HALVES = {
