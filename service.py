@@ -295,7 +295,8 @@ REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)  # 22 a
 class Errors:
     """ASGI middleware that answers every exception, and lets those of bugs go on to the log.
 
-    Starlette has two layers for this, and each wraps `send` for every request.
+    It stands for two layers of Starlette's, which wrap `send` for every request to see whether an answer has begun:
+    here an answer is whole before any of it is sent.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -307,19 +308,19 @@ class Errors:
         except Exception as error:
             if scope["type"] != "http":
                 raise
-            response = error_response(Request(scope), error)
+            response = error_response(scope, error)
             await response(scope, receive, send)
             if response.status_code == 500:
                 raise
 
 
-def error_response(request: Request, error: Exception) -> Response:
+def error_response(scope: Scope, error: Exception) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
     if isinstance(error, UNAVAILABLE):
-        request.scope["trouble"] = reason(error)
+        scope["trouble"] = reason(error)
         error = ApiError(503, headers={"Retry-After": RETRY_AFTER})
     elif isinstance(error, REFUSED):
-        request.scope["trouble"] = type(error).__name__  # its text may quote the task
+        scope["trouble"] = type(error).__name__  # its text may quote the task
         column = (getattr(error, "constraint_name", None) or "").removeprefix("task_")
         error = invalid({column if column in FIELDS else "body": "is refused by the database"})
     elif not isinstance(error, HTTPException):
@@ -327,7 +328,7 @@ def error_response(request: Request, error: Exception) -> Response:
 
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names only the methods of the first route with this path
-        routes = [route for route in ROUTES if route.matches(request.scope)[0] is not Match.NONE]
+        routes = [route for route in ROUTES if route.matches(scope)[0] is not Match.NONE]
         headers["Allow"] = ", ".join(sorted(method for route in routes for method in route.methods or ()))
     body: dict[str, Any] = {"detail": error.detail}
     if isinstance(error, ApiError) and error.errors:
@@ -388,6 +389,7 @@ COMPLETION: dict[str, Any] = {
     "description": "Sets `completed`; without a body, or without the field, it is toggled.",
 }
 
+# Compiled because most requests need them: re looks others up in its cache.
 DECIMAL = re.compile("-?[0-9]+")
 SURROGATE = re.compile("[\ud800-\udfff]")
 JSON_TYPES = {str: "string", bool: "boolean", type(None): "null"}
@@ -701,7 +703,7 @@ def read_key_set(text: bytearray) -> dict[str | None, tuple[Any, list[str]]]:
 class Authentication:
     """ASGI middleware that lets nothing under /api/ through without a valid bearer token (RFC 6750).
 
-    The caller, which is the token's `sub`, is `request.user` from there on.
+    It raises what Errors is to answer. The caller, which is the token's `sub`, is `request.user` from there on.
     """
 
     def __init__(self, app: ASGIApp, identity: Identity) -> None:
@@ -1152,7 +1154,8 @@ class State(TypedDict):
 class TracedQueries(Queries):
     """Queries that give OpenTelemetry a span for each statement, with its text and without its parameters.
 
-    It lasts for as long as the request waits: for a connection and for others that share the message too.
+    A span lasts until the row is there: waits for a connection and for others in the message, and a second try, are in
+    it. A change that has to wait for a lock has two, of which the first is an error.
     """
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Any:
@@ -1199,7 +1202,10 @@ async def apply_schema_with_patience(queries: Queries) -> None:
 
 
 class Application(Starlette):
-    """A Starlette with no layers but the middleware that it is given: Errors does the work of Starlette's own."""
+    """A Starlette without layers of its own: Errors does their work, so that `exception_handlers` would do nothing.
+
+    It is one, and not a bare Router, because OpenTelemetry adds its middleware to a Starlette.
+    """
 
     def build_middleware_stack(self) -> ASGIApp:
         app: ASGIApp = self.router
@@ -1234,11 +1240,12 @@ def create_app(settings: Settings) -> ASGIApp:
 
     app = Application(
         routes=ROUTES,
+        # From the outside in: Errors answers what Authentication raises too.
         middleware=[Middleware(Errors), Middleware(Authentication, identity=identity)],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    # Outside of Errors, so that its answers carry the headers too.
+    # Outside of the application, so that the answers of Errors carry the headers too.
     with_cors = CORSMiddleware(
         app,
         allow_origins=settings.cors_origins,
@@ -1325,7 +1332,7 @@ class Packets:
         self.transport = transport
         self.loop = loop
         self.written: list[bytes] = []
-        self.is_closing = transport.is_closing  # as __getattr__ would have it, but every answer asks for it
+        self.is_closing = transport.is_closing  # __getattr__ takes longer, and every answer asks for this
         self.watched = self.moved = False
 
     def __getattr__(self, name: str) -> Any:
@@ -1383,9 +1390,9 @@ class HttpProtocol(HttpToolsProtocol):
         self.packets = Packets(transport, self.loop)
         super().connection_made(self.packets)  # type: ignore[arg-type]
         self.flow = Flow(self.packets, self.pipeline)
-        self.idle_since = self.loop.time()
+        self.idle_since = self.loop.time()  # of no meaning while there is a request
         self.idle_timer = self.loop.call_later(KEEP_ALIVE, self.close_if_idle)
-        self.arriving: Literal["head", "body", "nothing"] = "nothing"
+        self.arriving: Literal["head", "body"] | None = None
         self.size = 0  # of what has come since the last byte of a body, or since the head has begun
         self.deadline: asyncio.TimerHandle | None = None
 
@@ -1398,7 +1405,7 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
         super().data_received(data)
-        if self.arriving != "nothing":  # which is rare: most requests come in one piece
+        if self.arriving:  # which is rare: most requests come in one piece
             self.deadline = self.deadline or self.loop.call_later(REQUEST_TIMEOUT, self.give_up)
             if self.size > HEAD_LIMIT:
                 self.refuse(431, f"The head of a request must end within {HEAD_LIMIT} bytes")
@@ -1421,7 +1428,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self.arriving = "nothing"
+        self.arriving = None
         if self.deadline:
             self.deadline.cancel()
             self.deadline = None
@@ -1436,9 +1443,9 @@ class HttpProtocol(HttpToolsProtocol):
                 self._start_asgi_task(*self.pipeline.pop())
 
     def close_if_idle(self) -> None:
-        """Close the connection if it has been idle for long enough, or see again when it may have been."""
-        idle = self.arriving == "nothing" and (not self.cycle or self.cycle.response_complete)
-        left = self.idle_since + KEEP_ALIVE - self.loop.time() if idle else KEEP_ALIVE
+        """Close the connection if it has been idle for KEEP_ALIVE, or look again when it first can have been."""
+        idle = not self.arriving and (not self.cycle or self.cycle.response_complete)
+        left = KEEP_ALIVE - (self.loop.time() - self.idle_since if idle else 0)
         if left > 0:
             self.idle_timer = self.loop.call_later(left, self.close_if_idle)
         else:
@@ -1503,7 +1510,6 @@ def serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
-        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=SHUTDOWN_GRACE,
         http="service:HttpProtocol",
         access_log=False,

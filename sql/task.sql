@@ -1,7 +1,7 @@
 -- {task} in the other files: a task as JSON, as clients see it. Timestamps are in UTC and keep all six digits, so
 -- that they sort as text; PostgreSQL's own JSON output would follow the session's time zone and drop trailing zeros.
 -- Infinite ones, as only old rows can have, are empty. The version comes last, where service.py looks for the ETag.
--- json_build_object would take longer.
+-- json_build_object would take longer, and so would to_json of what is the same as text: an id, true or false.
 '{"id": ' || id
 || ', "user_id": ' || to_json(user_id)
 || ', "title": ' || to_json(title)

@@ -797,21 +797,32 @@ def test_an_idle_connection_is_closed_whatever_it_has_sent(impatient: Service, p
 
 def test_a_connection_is_not_idle_between_requests_that_come_often(impatient: Service) -> None:
     with Raw(impatient) as connection:
-        for _ in range(5):
+        for _ in range(8):
             connection.send("GET /health")
             assert connection.answer().status == 200
-            time.sleep(0.5)
+            time.sleep(0.2)
 
 
 def test_a_connection_is_not_idle_while_its_answer_is_due(impatient: Service) -> None:
     with impatient.client(new_user_id()) as client:
-        task_id, authorization = client.create()["id"], client.headers["authorization"]
+        task_id, authorization = client.create()["id"], bearer(client)
     with psycopg.connect(impatient.database_url) as lock, Raw(impatient) as connection:
         lock.execute("SELECT FROM task FOR UPDATE")
-        connection.send(f"DELETE /api/tasks/{task_id}", f"Authorization: {authorization}")
+        connection.send(f"DELETE /api/tasks/{task_id}", authorization)
         time.sleep(1.5)
         lock.rollback()
         assert connection.answer().status == 204
+
+
+def test_a_connection_is_not_idle_while_a_request_arrives(impatient: Service) -> None:
+    with Raw(impatient) as connection:
+        connection.send("GET /health")
+        assert connection.answer().status == 200
+        time.sleep(0.8)
+        connection.socket.sendall(b"GET /health HT")
+        time.sleep(0.3)  # beyond what it may be idle, and less than a request may take
+        connection.socket.sendall(b"TP/1.1\r\n\r\n")
+        assert connection.answer().status == 200
 
 
 HALVES = {

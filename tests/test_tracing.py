@@ -155,6 +155,7 @@ def test_reads_that_share_a_message_have_a_span_each(
     sent = [span for span in spans if span.kind == CLIENT]
     assert len(requests) == 10
     assert sorted(span.parent_span_id for span in sent) == sorted(requests)
+    assert max(span.start_time_unix_nano for span in sent) < min(span.end_time_unix_nano for span in sent)
 
 
 def test_neither_tasks_nor_tokens_are_exported(
