@@ -295,8 +295,8 @@ REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)  # 22 a
 class Errors:
     """ASGI middleware that answers every exception, and lets those of bugs go on to the log.
 
-    It stands for two layers of Starlette's, which wrap `send` for every request to see whether an answer has begun:
-    here an answer is whole before any of it is sent.
+    It stands for two layers of Starlette's, which wrap `send` for every request to see whether an answer has begun.
+    Here Answers, which has to wrap it anyway, notes the status.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -306,12 +306,14 @@ class Errors:
         try:
             await self.app(scope, receive, send)
         except Exception as error:
-            if scope["type"] != "http":
+            if scope["type"] != "http" or "status" in scope:
                 raise
             response = error_response(scope, error)
             await response(scope, receive, send)
             if response.status_code == 500:
                 raise
+            # It has frames that know the error: until the next garbage collection, all of them would be kept.
+            error.__traceback__ = None
 
 
 def error_response(scope: Scope, error: Exception) -> Response:
@@ -747,12 +749,11 @@ class Answers:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not request_id or not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
             request_id = secrets.token_hex(16)
-        app, status = self.with_cors if b"origin" in headers else self.app, 0
+        app = self.with_cors if b"origin" in headers else self.app
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = scope["status"] = message["status"]
                 message["headers"] += [
                     (b"x-request-id", request_id.encode()),
                     (b"x-content-type-options", b"nosniff"),
@@ -774,10 +775,12 @@ class Answers:
         bug = None
         try:
             await app(scope, receive, send_with_headers)
-        except Exception as error:  # a bug, answered with a 500 by now
+        except Exception as error:  # a bug, answered with a 500 by now, unless an answer had begun
             bug = error
         ms = (time.perf_counter() - started) * 1000
-        line = f"method={scope['method']} path={logfmt(path)} status={status} ms={ms:.1f} id={request_id}"
+        line = (
+            f"method={scope['method']} path={logfmt(path)} status={scope.get('status', 0)} ms={ms:.1f} id={request_id}"
+        )
         for key, name in (("user", "user"), ("error", "trouble")):
             if name in scope:
                 line += f" {key}={logfmt(scope[name])}"
@@ -1391,7 +1394,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(self.packets)  # type: ignore[arg-type]
         self.flow = Flow(self.packets, self.pipeline)
         self.idle_since = self.loop.time()  # of no meaning while there is a request
-        self.idle_timer = self.loop.call_later(KEEP_ALIVE, self.close_if_idle)
+        self.idle_timer = self.loop.call_later(self.timeout_keep_alive, self.close_if_idle)
         self.arriving: Literal["head", "body"] | None = None
         self.size = 0  # of what has come since the last byte of a body, or since the head has begun
         self.deadline: asyncio.TimerHandle | None = None
@@ -1429,6 +1432,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self.arriving = None
+        self.idle_since = self.loop.time()  # where the answer came before the end of the request
         if self.deadline:
             self.deadline.cancel()
             self.deadline = None
@@ -1443,9 +1447,9 @@ class HttpProtocol(HttpToolsProtocol):
                 self._start_asgi_task(*self.pipeline.pop())
 
     def close_if_idle(self) -> None:
-        """Close the connection if it has been idle for KEEP_ALIVE, or look again when it first can have been."""
+        """Close the connection if it has been idle for long enough, or look again when it first can have been."""
         idle = not self.arriving and (not self.cycle or self.cycle.response_complete)
-        left = KEEP_ALIVE - (self.loop.time() - self.idle_since if idle else 0)
+        left = self.timeout_keep_alive - (self.loop.time() - self.idle_since if idle else 0)
         if left > 0:
             self.idle_timer = self.loop.call_later(left, self.close_if_idle)
         else:
@@ -1510,6 +1514,7 @@ def serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=SHUTDOWN_GRACE,
         http="service:HttpProtocol",
         access_log=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import socket
 import struct
@@ -20,7 +22,7 @@ import psutil
 import psycopg
 import pytest
 
-from tests.postgres import Postgres
+from tests.postgres import Postgres, free_port
 from tests.service_process import Client, Service, running, token
 
 UNAVAILABLE = {"detail": "The database is not available right now, try again soon"}
@@ -910,3 +912,26 @@ def test_a_tag_that_the_encoding_of_the_database_lacks_names_no_version(server: 
             response = alice.put(path, json={}, headers={b"If-Match": b'"\x81", ' + tag})
             assert (response.status_code, response.json()) == (200, task)
         assert_unharmed(service.log)
+
+
+def test_requests_that_fail_leave_nothing_behind(start_service: Callable[[str], Service]) -> None:
+    service = start_service(f"postgresql://postgres@127.0.0.1:{free_port()}/none")
+    service.wait_until_healthy()
+    body = json.dumps({"title": "not now", "description": "x" * 2000}).encode()
+    head = f"POST /api/tasks HTTP/1.1\r\nAuthorization: Bearer {token('alice')}\r\nContent-Length: {len(body)}\r\n"
+    request = f"{head}X-Padding: {'x' * 60_000}\r\n\r\n".encode() + body
+
+    async def fail(times: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        for _ in range(times):
+            writer.write(request)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 503 ")
+            await reader.readexactly(len(json.dumps(UNAVAILABLE, separators=(",", ":"))))
+        writer.close()
+
+    async def fail_on_many_connections() -> None:
+        await asyncio.gather(*(fail(30) for _ in range(50)))
+
+    before = service.memory
+    asyncio.run(fail_on_many_connections())
+    assert service.memory < before + 15

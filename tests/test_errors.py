@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.conftest import new_user_id
-from tests.service_process import Client, Service, token
+from tests.service_process import ROOT, Client, Service, token
 
 LIMIT = 65_536
 NO_TASK = "/api/tasks/4611686018427387904"
@@ -575,6 +577,34 @@ def test_a_bug_is_logged_with_its_traceback_and_answered_without(faulty: Service
     after_bug = faulty.log.partition("id=bug-1")[2]
     assert after_bug.partition("\n")[2].startswith("Traceback (most recent call last):\n")
     assert "the secret of the database" in after_bug
+
+
+def test_an_exception_in_the_middle_of_an_answer_is_logged_with_the_status_that_was_sent(
+    tmp_path: Path, new_database: Callable[[], str]
+) -> None:
+    program = (ROOT / "service.py").read_text()
+    routes = "ROUTES = [Route(endpoint.path, endpoint, methods=[endpoint.method]) for endpoint in ENDPOINTS]\n"
+    assert routes in program
+    breaks_off = """
+class BreaksOff:
+    async def __call__(self, scope, receive, send):
+        await send({"type": "http.response.start", "status": 201, "headers": [(b"content-length", b"9")]})
+        raise OSError("this was too late")
+ROUTES += [Route("/breaks-off", BreaksOff())]
+"""
+    (tmp_path / "service.py").write_text(program.replace(routes, routes + breaks_off))
+    shutil.copytree(ROOT / "sql", tmp_path / "sql", ignore=shutil.ignore_patterns("__pycache__"))
+    service = Service(new_database(), folder=tmp_path)
+    try:
+        service.wait_until_ready()
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(f"{service.url}/breaks-off", headers={"X-Request-ID": "late"})
+        assert "status=201" in service.log_line("late")
+        httpx.get(f"{service.url}/health", headers={"X-Request-ID": "after"})
+        service.log_line("after")
+        assert service.log.count("Traceback") == service.log.count("OSError: this was too late") == 1
+    finally:
+        service.remove()
 
 
 def test_a_bug_changes_nothing_and_harms_no_other_request(faulty: Service) -> None:

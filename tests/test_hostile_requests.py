@@ -814,6 +814,17 @@ def test_a_connection_is_not_idle_while_its_answer_is_due(impatient: Service) ->
         assert connection.answer().status == 204
 
 
+def test_a_connection_is_not_idle_before_the_end_of_a_body_that_nobody_reads(impatient: Service) -> None:
+    with Raw(impatient) as connection:
+        connection.send("POST /api/tasks", "Content-Length: 2", content=b"{")
+        assert connection.answer().status == 401
+        time.sleep(0.4)  # less than a request may take
+        connection.socket.sendall(b"}")
+        time.sleep(0.8)  # since the answer more than it may be idle
+        connection.send("GET /health")
+        assert connection.answer().status == 200
+
+
 def test_a_connection_is_not_idle_while_a_request_arrives(impatient: Service) -> None:
     with Raw(impatient) as connection:
         connection.send("GET /health")
