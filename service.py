@@ -61,7 +61,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from sql import COMMAND_TIMEOUT, STATUSES, Connection, Queries
+from sql import COMMAND_TIMEOUT, STATUSES, Connection, Queries, plan_once
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -1179,7 +1179,12 @@ class TracedQueries(Queries):
 def create_pool(settings: Settings) -> asyncpg.Pool:
     """Return a pool that opens connections as requests need them, so that a process starts without the database."""
     return asyncpg.create_pool(
-        **settings.database, min_size=0, command_timeout=COMMAND_TIMEOUT, connection_class=Connection
+        **settings.database,
+        min_size=0,
+        command_timeout=COMMAND_TIMEOUT,
+        connection_class=Connection,
+        # A pooler keeps no plan, and what is set there is set for others too.
+        init=None if "statement_cache_size" in settings.database else plan_once,
     )
 
 

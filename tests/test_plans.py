@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
 
+import sql
 from sql import LOCK_TIMEOUTS, SCHEMA, STATUSES, load
+from tests.service_process import Service
 from tests.test_query_module import STATEMENTS
 from tests.test_schema import old_table
 
@@ -103,3 +107,44 @@ def test_ten_tasks_to_do_among_a_hundred_thousand_cost_as_much_as_ten_of_twenty(
 
 def test_all_the_statuses_have_a_plan() -> None:
     assert {status for _, status in CALLS} == set(STATUSES)
+
+
+def test_each_statement_is_planned_once_for_all_users(filled_url: str) -> None:
+    """Even a list, for which a plan of its own looks cheaper to PostgreSQL, and is not."""
+
+    async def plans(init: Callable[..., Any] | None) -> tuple[int, int]:
+        async with asyncpg.create_pool(
+            filled_url, min_size=0, max_size=1, init=init, connection_class=sql.Connection
+        ) as pool:
+            queries = sql.Queries(pool)
+            await queries.apply_schema()
+            for _ in range(20):
+                await queries.list_tasks("user-7", "all")
+            row = await pool.fetchrow(
+                "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1",
+                sql.LIST_TASKS["all"],
+            )
+            assert row
+            return row["generic_plans"], row["custom_plans"]
+
+    assert asyncio.run(plans(None)) == (0, 20)
+    assert asyncio.run(plans(sql.plan_once)) == (20, 0)
+
+
+@pytest.mark.parametrize(("query", "mode"), [("", "force_generic_plan"), ("?pgbouncer=true", "auto")])
+def test_the_service_does_so_but_behind_a_pooler(
+    database_url: str, start_service: Callable[[str], Service], query: str, mode: str
+) -> None:
+    service = start_service(database_url + query)
+    service.wait_until_ready()
+    with psycopg.connect(database_url) as connection:
+        connection.execute("""
+            CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                NEW.title := current_setting('plan_cache_mode');
+                RETURN NEW;
+            END $$;
+            CREATE TRIGGER tell BEFORE INSERT ON task FOR EACH ROW EXECUTE FUNCTION tell();
+            """)
+    with service.client("alice") as alice:
+        assert alice.create()["title"] == mode
