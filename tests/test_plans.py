@@ -36,7 +36,7 @@ def filled_url(request: pytest.FixtureRequest, new_database: Callable[[], str]) 
     return url
 
 
-# The generic plan is what a statement gets on a connection that has sent it more than five times.
+# The generic plan is what a statement gets, but for one behind a pooler, which has a plan for each call.
 @pytest.fixture(params=["force_custom_plan", "force_generic_plan"])
 def filled(filled_url: str, request: pytest.FixtureRequest) -> Iterator[psycopg.Connection[Any]]:
     """A connection whose changes are undone after the test."""

@@ -9,8 +9,8 @@ Procfile, with everything on. Beside it: two floors (see floors.py), which serve
 SQLModel (see fastapi_sqlmodel.py), if the group `bench` is installed; and what --other names with the command that
 starts it, which finds DATABASE_URL, BETTER_AUTH_SECRET, PORT, WORKERS and POOL set.
 
-Run it with a Python that is compiled with profile-guided optimisation, as those of Debian, Docker and uv are. That of
-pyenv is not by default, and makes this service some 10 % slower.
+Mind which Python it runs with, and prints: one that pyenv has compiled without --enable-optimizations takes some 10 %
+more CPU for this service than Debian's.
 
 Each round runs every contestant once; the figures are medians of the rounds. CPU is in microseconds a request: that of
 the server, and that of PostgreSQL. Memory is that of the largest process.
