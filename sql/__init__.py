@@ -1,345 +1,250 @@
-"""The query module: each statement about tasks is a `.sql` file, whose `$1` is the caller.
+"""The query module: every statement about tasks is a `.sql` file, whose `$1` is the caller.
 
-`Queries` takes the caller as the first argument of each. Importing this module raises ValueError if a statement is not
-bound to `$1` in one of the ways that `load` knows, so who may see what is settled here.
+Importing it raises ValueError for a file that is not bound to `$1`, and no row of anybody else is ever returned. Two
+exceptions say that a statement could not be carried out, `Unavailable` and `Refused`; any other one is a bug.
 """
 
-from __future__ import annotations
-
 import asyncio
-import contextlib
 import re
-import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
-import asyncpg
+from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
-FOLDER = Path(__file__).parent
+Task = Record | None
+Versions = list[datetime] | None
 
-ACQUIRE_TIMEOUT = 5.0  # seconds that a request waits for a connection; two tries of a read, all in all, take under 30
-COMMAND_TIMEOUT = 8.0  # seconds that a statement may take, a wait for a locked row included
-TURN_TIMEOUT = 2.0  # seconds that a statement waits for others before it may wait for a connection
-TOGETHER = 32  # calls that share a message at most, so that more at once are spread over several connections
-ENOUGH = 16  # calls that go at once, even where a message of their statement is under way
-PATIENCE = 0.01  # seconds that fewer wait for that message to come back
-SHORT_LIST = 16_384  # bytes of a list that may share a message with others, which have to wait for it
-KNOWN_LISTS = 4096  # that are remembered as short, at most
-HELD_LONG = 4  # connections that may wait for locks, if that is half of the pool; as many serve a user's long lists
-SCHEMA_TIMEOUT = 3600.0  # seconds that applying the schema may take: adopting a large table rewrites it
+NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
+"""The columns of a task, with which each row begins, in the order in which clients see them."""
 
-CONNECTION_LOST = (
-    ConnectionError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-)
-"""What a statement raises on a connection that died in the pool, depending on when the death is noticed."""
+TIMEOUT = 8.0  # seconds that a call may take, second tries included
+RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
+FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
+MAX_BATCH = 32  # calls
+MAX_DELAY = 0.01  # seconds that calls wait for a batch of their statement that is in flight
+FIRST_PAGE, NEXT_PAGE = 100, 250  # tasks of a list; the first page is in a batch with other calls, which wait for it
+BEFORE_ALL = (datetime.max.replace(tzinfo=UTC), 2**63 - 1)  # the first page comes after it: asyncpg sends infinity
 
-
-# The rule for a statement, or for its text without comments, literals, and what is filled in. It knows one way to write
-# each thing and refuses the rest. The caller is named right behind FROM task or the SET of an UPDATE, or in the one row
-# of an INSERT.
+# A statement has one of these forms. WHERE begins with the caller and has no OR, so nothing can widen it; one table is
+# named once, so nothing else is read.
 BOUND = (
-    r"(FROM task|UPDATE task SET ((?!(?i:SELECT)).)*) WHERE user_id = \$1( AND | ORDER BY | RETURNING |$)"
-    r"|INTO task \(user_id, [^()]*\) VALUES \(\$1, [^()]*\)( RETURNING |$)"
+    r"(SELECT [^()]+ FROM task|UPDATE task SET .+|DELETE FROM task) WHERE user_id = \$1 AND .+"
+    r"|INSERT INTO task \(user_id, [^()]+\) VALUES \(\$1, [^()]+\) RETURNING [^()]+"
 )
-# No other table is read, and no other user named.
-NAMED_ONCE = ("task", "user_id", r"\b(FROM|JOIN|USING|INTO|TABLE|UPDATE)\b(?! \()")
-# An OR could widen the WHERE; the others could hide something from this rule.
-NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;]|\$\D"
-# An INSERT may end in this, which finds a row of the same user.
-SAME_KEY = (
-    " ON CONFLICT (user_id, split_part(idempotency_key, , 1)) WHERE idempotency_key IS NOT NULL"
-    " DO UPDATE SET idempotency_key = excluded.idempotency_key WHERE task.idempotency_key = excluded.idempotency_key"
-)
-
-# What stands in the other files in {braces}, beside {task}, which is task.sql.
-# {version}: which state of a task it is, for If-Match. Its updated_at, as clients see it.
-VERSION = """coalesce(to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'), '')"""
-# {key}: which task a row is of.
-KEY = "user_id, id"
-# {status}: which tasks to list. As text and not as a parameter, so that one plan of each is enough.
-STATUSES = {"all": "true", "pending": "NOT completed", "completed": "completed"}
-# {lock_timeout}: how long to wait for somebody else's lock on a row. Not long where others may share the message. The
-# setting holds for the transaction, which is the message.
-LOCK_TIMEOUTS = {"none": "true", "short": "set_config('lock_timeout', '50ms', true) IS NOT NULL"}
+KEY_CONFLICT = " ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
+ONCE = (r"\btask\b", r"\buser_id\b", r"\b(SELECT|UPDATE|DELETE|INSERT)\b", r"\b(FROM|INTO|UPDATE|JOIN|USING|TABLE)\b")
+NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;{]|\$\D"
 
 
-def read(name: str) -> str:
-    """Return the text of a file in this folder."""
-    return (FOLDER / name).read_text(encoding="utf-8")
-
-
-def load(name: str, status: str = "all", *, lock_timeout: str = "short") -> str:
-    """Return a statement; raise ValueError unless its text binds it to the caller."""
-    statement = read(name)
-    left_out = r"^--.*$|'[^'\\]*'|{task}|{version}|{key}|{status}|{lock_timeout}"
-    text = " ".join(re.sub(left_out, " ", statement, flags=re.MULTILINE).split())
-    text = text.replace(SAME_KEY, "")
-    named_once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in NAMED_ONCE)
-    if not re.search(BOUND, text) or not named_once or re.search(NEVER, text, re.IGNORECASE):
+def load(name: str) -> str:
+    """Return a statement, with the columns of a task in the place of {task}; raise ValueError unless it is bound."""
+    statement = (Path(__file__).parent / name).read_text("utf-8")
+    text = re.sub(r"(?m)^--.*$|'[^'\\]*'|(?<=SELECT ){task}|(?<=RETURNING ){task}", "", statement)
+    text = " ".join(text.split()).replace(KEY_CONFLICT, "")
+    once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in ONCE)
+    if not re.fullmatch(BOUND, text) or not once or re.search(NEVER, text, re.IGNORECASE):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
-    return fill(statement, status=STATUSES[status], lock_timeout=LOCK_TIMEOUTS[lock_timeout])
+    return statement.replace("{task}", ", ".join(NAMES))
 
 
-def fill(statement: str, **texts: str) -> str:
-    """Return a statement with its {places} filled; raise ValueError if task.sql reads a table."""
-    task = read("task.sql")
-    if re.search(r"\b(SELECT|FROM|TABLE)\b", re.sub("^--.*$", "", task, flags=re.MULTILINE), re.IGNORECASE):
-        raise ValueError("sql/task.sql could reach tasks of somebody other than $1")
-    for place, text in {"task": task, "version": VERSION, "key": KEY, **texts}.items():
-        statement = statement.replace(f"{{{place}}}", text)
-    return statement
-
-
-SCHEMA = read("schema.sql")
-LIST_TASKS = {status: load("list_tasks.sql", status) for status in STATUSES}
-GET_TASK = load("get_task.sql")
+GET_TASK, GET_TASK_BY_KEY = load("get_task.sql"), load("get_task_by_key.sql")
+LIST_TASKS, LIST_TASKS_BY_STATUS = load("list_tasks.sql"), load("list_tasks_by_status.sql")
 CREATE_TASK = load("create_task.sql")
-UPDATE_TASK = load("update_task.sql")
-COMPLETE_TASK = load("complete_task.sql")
-DELETE_TASK = load("delete_task.sql")
-READS = (*LIST_TASKS.values(), GET_TASK)
-# The changes of a task, and how they wait where somebody else has locked it, until COMMAND_TIMEOUT.
-WAITING_FOR_LOCK = {
-    UPDATE_TASK: load("update_task.sql", lock_timeout="none"),
-    COMPLETE_TASK: load("complete_task.sql", lock_timeout="none"),
-    DELETE_TASK: load("delete_task.sql", lock_timeout="none"),
-}
-CHANGES = {*WAITING_FOR_LOCK, *WAITING_FOR_LOCK.values()}
-
-# Foreign keys are triggers too.
-HAS_TRIGGERS = "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass('task'))"
+UPDATE_TASK, COMPLETE_TASK, DELETE_TASK = load("update_task.sql"), load("complete_task.sql"), load("delete_task.sql")
+READS = (GET_TASK, GET_TASK_BY_KEY, LIST_TASKS, LIST_TASKS_BY_STATUS)
+CHANGES = (UPDATE_TASK, COMPLETE_TASK, DELETE_TASK)
+SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
 
 
-class Connection(asyncpg.Connection):
-    """A connection that is not reset when it goes back to the pool.
-
-    By default asyncpg sends a query that resets the session at every release, which doubles the round trips. The
-    statements of this module leave nothing in the session to reset.
-    """
-
-    def get_reset_query(self) -> str:
-        return ""
+class Unavailable(Exception):
+    """The database cannot be reached, or not in time. A write may have been made. The text is for the log."""
 
 
-async def plan_once(connection: asyncpg.Connection) -> None:
-    """Have a connection plan each statement once, for all users.
+class Refused(Exception):
+    """The database does not accept such values. Nothing was changed. The text names the constraint, if it is one."""
 
-    Left alone, PostgreSQL plans a list anew for every call if it thinks that the user has fewer tasks than others, and
-    that takes several times as long as to read them.
-    """
-    with contextlib.suppress(asyncpg.UndefinedObjectError):  # PostgreSQL 11 has no such setting
-        await connection.execute("SET plan_cache_mode = force_generic_plan")
+
+# SQLSTATEs (PostgreSQL, Appendix A). 42P01 and 42501: the table or its grants are being restored.
+TRANSIENT, INVALID = "(08|25|28|3D|40|53|55|57|58)...|42P01|42501|26000|42P05", "(22|23)...|P0001"
+NOT_YET = "55P03|40..."  # a lock, a deadlock or a serialization failure: nothing was done, and may be later
+OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; a lost race for a key may be its 23505
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception in one line, for the log."""
+    text = "it took too long" if isinstance(error, TimeoutError) else str(error)
+    return ": ".join([type(error).__name__, *text.splitlines()[:1]])
+
+
+def classified(error: Exception) -> Exception:
+    """Return what a caller is told of an error: Unavailable, Refused or, of a bug, the error itself."""
+    sqlstate = getattr(error, "sqlstate", None) or ""
+    if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError is one too
+        return Unavailable(reason(error))
+    # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
+    taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
+    if re.fullmatch(INVALID, sqlstate) and not taken_id:
+        return Refused(getattr(error, "constraint_name", None) or "")
+    return error
 
 
 class Call(NamedTuple):
-    """The parameters of a statement, the caller first, and what waits for the row that they give."""
-
+    user_id: str
     parameters: tuple[object, ...]
-    row: asyncio.Future[asyncpg.Record | None]
-
-
-class Turns(asyncio.Semaphore):
-    """Lets so many go on at once; raises TimeoutError to who has no turn within TURN_TIMEOUT."""
-
-    async def acquire(self) -> Literal[True]:
-        if not self.locked():  # which spares most the timeout
-            return await super().acquire()
-        async with asyncio.timeout(TURN_TIMEOUT):
-            return await super().acquire()
+    rows: asyncio.Future[list[Record]]
+    deadline: float  # by the clock of the event loop
 
 
 class Queries:
-    """The statements on a pool of `Connection`, each for the caller that it is given. Tasks come back as JSON.
+    """The statements, each for the caller that it is given. `span` is entered with the statement of each call."""
 
-    Each method sends one statement, a read once more if its connection was lost, and lets the errors of asyncpg and of
-    the operating system through.
-    """
-
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(self, pool: Pool, span: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
         self.pool = pool
-        self.schema_applied = False
-        self.has_triggers = True
-        # Of a user's changes of one task, or creations with one key; there only while somebody has or awaits a turn.
-        self.turns: weakref.WeakValueDictionary[tuple[str, int | str], Turns] = weakref.WeakValueDictionary()
-        self.list_turns: weakref.WeakValueDictionary[str, Turns] = weakref.WeakValueDictionary()
-        self.held_long = max(1, min(HELD_LONG, pool.get_max_size() // 2))
-        self.lock_turns = Turns(self.held_long)
-        self.short_lists: set[tuple[str, str]] = set()
+        self.span = span
+        self.schema_applied = False  # until it is, all methods raise Unavailable
         self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
-        self.under_way: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
-        self.sending: set[asyncio.Task[None]] = set()
+        self.in_flight: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
+        self.alone = asyncio.Semaphore(max(1, pool.get_max_size() // 2))  # the other half is always for batches
+        self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
 
-    async def apply_schema(self) -> None:
-        """Create or adopt the table. Until this has succeeded, every other method raises ConnectionError."""
-        async with self.pool.acquire() as connection, connection.transaction():
-            await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
-            self.has_triggers = await connection.fetchval(HAS_TRIGGERS)
-        self.schema_applied = True
-
-    async def list_tasks(self, user_id: str, status: str) -> bytes:
-        """Return the caller's tasks of one of STATUSES, newest first, as a JSON object of `items`, in UTF-8."""
-        which, statement = (user_id, status), LIST_TASKS[status]
-        if which in self.short_lists:
-            try:
-                row = await self._send(statement, user_id)
-            except Exception:
-                self.short_lists.discard(which)  # it may have failed because it is no longer short
-                raise
-        else:
-            # Of one user only some at once, or soon nobody else would have a connection.
-            async with self.list_turns.setdefault(user_id, Turns(self.held_long)):
-                row = await self._send(statement, user_id, alone=True)
-        tasks = b'{"items": [%b]}' % (row[0] or b"")
-        if len(tasks) > SHORT_LIST:
-            self.short_lists.discard(which)
-        else:
-            if len(self.short_lists) >= KNOWN_LISTS:
-                self.short_lists.clear()
-            self.short_lists.add(which)
-        return tasks
-
-    async def get_task(self, user_id: str, task_id: int) -> str | None:
+    async def get_task(self, user_id: str, task_id: int) -> Task:
         """Return a task, or None where the caller has none with this id."""
-        task: str | None = (await self._send(GET_TASK, user_id, task_id))[0]
-        return task
+        return await self._send_one(GET_TASK, user_id, task_id)
 
-    async def create_task(
-        self, user_id: str, idempotency_key: str | None, values: Sequence[object]
-    ) -> tuple[str, int] | None:
-        """Insert a task of the values of all fields, or find the one that the key has made; return it and its id.
+    async def list_tasks(self, user_id: str, completed: bool | None) -> AsyncIterator[list[Record]]:
+        """Yield the caller's tasks in pages, newest first: all of them, or those that are completed or are not."""
+        statement, status = (LIST_TASKS, ()) if completed is None else (LIST_TASKS_BY_STATUS, (completed,))
+        size, page = FIRST_PAGE, await self._send(statement, user_id, *BEFORE_ALL, FIRST_PAGE, *status)
+        yield page
+        while len(page) == size:
+            last, size = (page[-1]["created_at"], page[-1]["id"]), NEXT_PAGE
+            page = await self._send(statement, user_id, *last, size, *status, alone=True)
+            yield page
 
-        The key has the hash of the request behind it; None is returned where it first came with another request.
-        """
-        if idempotency_key is None:
-            row = await self._send(CREATE_TASK, user_id, None, *values, alone=self.has_triggers)
-        else:  # which may have to wait for another one of its key, or give no row
-            turn = self.turns.setdefault((user_id, idempotency_key.partition(" ")[0]), Turns(1))
-            async with turn:
-                row = await self._send(CREATE_TASK, user_id, idempotency_key, *values, alone=True)
-        return (row[0], row[1]) if row else None
+    async def create_task(self, user_id: str, key: str | None, request_hash: str | None, values: list[Any]) -> Task:
+        """Return a new task, or the one that the key has made; None where it came with another request then."""
+        for _ in range(3):
+            if task := await self._send_one(CREATE_TASK, user_id, key, request_hash, *values):
+                return task
+            if key is None:
+                raise Refused  # by a trigger
+            if task := await self._send_one(GET_TASK_BY_KEY, user_id, key):
+                return task if task["request_hash"] == request_hash else None
+        raise Unavailable("the key was taken, and its task gone, again and again")
 
-    # The changes apply only to the versions that they are given, if any; None means no such task or no such version.
+    # A change applies to these versions of a task, its updated_at, or to any. None means no such task or version.
+    async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:
+        """Change a task, given for each field a pair: whether to set it, and to what."""
+        return await self._send_one(UPDATE_TASK, user_id, task_id, versions, *sum(changes, ()))
 
-    async def update_task(
-        self, user_id: str, task_id: int, versions: list[str] | None, changes: Sequence[tuple[bool, object]]
-    ) -> str | None:
-        """Set fields, given whether to set each, and to what; return the task or None."""
-        parameters = [parameter for change in changes for parameter in change]
-        row = await self._change(UPDATE_TASK, user_id, task_id, versions, *parameters)
-        return row[0] if row else None
+    async def complete_task(self, user_id: str, task_id: int, versions: Versions, completed: bool | None) -> Task:
+        """Set `completed`, or toggle it where None is given."""
+        return await self._send_one(COMPLETE_TASK, user_id, task_id, versions, completed)
 
-    async def complete_task(
-        self, user_id: str, task_id: int, versions: list[str] | None, completed: bool | None
-    ) -> str | None:
-        """Set `completed`, or toggle it where None is given; return the task or None."""
-        row = await self._change(COMPLETE_TASK, user_id, task_id, versions, completed)
-        return row[0] if row else None
+    async def delete_task(self, user_id: str, task_id: int, versions: Versions) -> Task:
+        return await self._send_one(DELETE_TASK, user_id, task_id, versions)
 
-    async def delete_task(self, user_id: str, task_id: int, versions: list[str] | None) -> bool:
-        """Delete a task; return whether there was one."""
-        return await self._change(DELETE_TASK, user_id, task_id, versions) is not None
+    async def _send_one(self, statement: str, user_id: str, *parameters: object) -> Task:
+        return next(iter(await self._send(statement, user_id, *parameters)), None)
 
-    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Any:
-        """Send a statement that changes a task, and return its row or None.
-
-        The changes of a task take turns here, and those that wait for a lock of somebody else: in the database each
-        would wait with a connection, and soon nobody would have one.
-        """
-        async with self.turns.setdefault((user_id, task_id), Turns(1)):
-            try:
-                return await self._send(statement, user_id, task_id, *parameters, alone=self.has_triggers)
-            except asyncpg.LockNotAvailableError:
-                async with self.lock_turns:
-                    return await self._send(WAITING_FOR_LOCK[statement], user_id, task_id, *parameters, alone=True)
-
-    async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Any:
-        """Return the row of a statement, or None if it gives none.
-
-        Unless it is to go alone, it shares a message to the database with the calls of the same statement that come in
-        the same turn of the event loop. Where such a message has just been sent, it waits for the next one: until that
-        is back, ENOUGH wait, or PATIENCE is over. The database executes the statement for each caller in turn, in one
-        transaction. Under load this saves much CPU, here and in the database.
-        """
+    async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
+        """Return the rows of a statement for its caller. It goes in a batch with others, unless it is to go alone."""
         loop = asyncio.get_running_loop()
-        call = Call((user_id, *parameters), loop.create_future())
-        if alone:
-            self._start(statement, [call])
-        else:
-            waiting = self.waiting[statement]
-            waiting.append(call)
-            if len(waiting) in (1, ENOUGH):  # the first of them, and who need not wait
-                loop.call_soon(self._start_waiting, statement)
-        return await call.row
-
-    def _start_waiting(self, statement: str) -> None:
-        waiting, under_way = self.waiting[statement], self.under_way[statement]
-
-        def go_on(message: asyncio.Task[None]) -> None:
-            under_way.discard(message)
-            self._start_waiting(statement)
-
-        waiting[:] = [call for call in waiting if not call.row.cancelled()]
-        while len(waiting) >= (ENOUGH if under_way else 1):
-            # In one order, or the messages of two processes could wait for each other's locks.
-            calls = sorted(waiting[:TOGETHER], key=lambda call: call.parameters[:2])
-            del waiting[:TOGETHER]
-            message = self._start(statement, calls)
-            under_way.add(message)
-            message.add_done_callback(go_on)
-            asyncio.get_running_loop().call_later(PATIENCE, go_on, message)
-
-    def _start(self, statement: str, calls: list[Call], *, again: bool = False) -> asyncio.Task[None]:
-        message = asyncio.create_task(self._send_message(statement, calls, again))
-        self.sending.add(message)  # or it could be collected as garbage
-        message.add_done_callback(self.sending.discard)
-        return message
-
-    async def _send_message(self, statement: str, calls: list[Call], again: bool) -> None:
-        """Send a statement for some calls; if one of them spoils it, or a read was lost, once more for each alone."""
+        call = Call(user_id, parameters, loop.create_future(), loop.time() + TIMEOUT)
         try:
-            rows = await self._rows(statement, calls)
-            answers = list(zip(calls, rows, strict=True))
+            with self.span(statement):
+                if statement not in CHANGES:
+                    return await self._send_until_done(statement, call, alone)
+                # Changes of one task go one at a time, or they would wait in the database, with a connection each.
+                used = self.task_locks.get((user_id, parameters[0]))
+                lock = used or self.task_locks.setdefault((user_id, parameters[0]), asyncio.Lock())
+                async with asyncio.timeout_at(call.deadline) if used else nullcontext(), lock:
+                    return await self._send_until_done(statement, call, alone)
         except Exception as error:
-            if isinstance(error, CONNECTION_LOST):
-                repeatable = statement in READS  # nobody knows how far a write got
-            else:
-                repeatable = len(calls) > 1 and isinstance(error, asyncpg.PostgresError)  # none of it was done
-            if repeatable and not again:
-                for call in calls:
-                    if not call.row.cancelled():
-                        self._start(statement, [call], again=True)
-                return
-            for call in calls:
-                if not call.row.done():
-                    call.row.set_exception(error)
-        else:
-            for call, row in answers:
-                if not call.row.done():  # nobody waits any longer for one that was cancelled
-                    call.row.set_result(row)
+            raise classified(error) from None
 
-    async def _rows(self, statement: str, calls: list[Call]) -> list[asyncpg.Record | None]:
-        """Send the statement for each of the calls, and return what each gives."""
-        if not self.schema_applied:
-            raise ConnectionError("the schema has not been applied yet")
-        try:
-            async with asyncio.timeout(ACQUIRE_TIMEOUT):
-                connection = await self.pool.acquire()
+    async def _send_until_done(self, statement: str, call: Call, alone: bool) -> list[Record]:
+        # What was not done goes again, alone: what was in a batch that the database refused, what may succeed later,
+        # and once a read whose connection was lost.
+        loop, lost, pause = asyncio.get_running_loop(), statement not in READS, 0.0
+        while True:
             try:
-                rows: list[asyncpg.Record] = await connection.fetchmany(statement, [call.parameters for call in calls])
-            finally:
-                await self.pool.release(connection, timeout=ACQUIRE_TIMEOUT)
-        except (*CONNECTION_LOST, asyncpg.ReadOnlySQLTransactionError):
-            # A restart has ended all the connections of the pool, a failover left them with what is a standby now.
+                if not alone:
+                    self.waiting[statement].append(call)
+                    if len(self.waiting[statement]) == 1:
+                        loop.call_soon(self._send_waiting, statement)
+                    return await call.rows
+                async with asyncio.timeout_at(call.deadline):
+                    await asyncio.sleep(pause)
+                    async with self.alone:
+                        await self._send_batch(statement, [call])
+                return call.rows.result()
+            except ConnectionError:
+                if lost:
+                    raise
+                lost = True
+            except PostgresError as error:
+                lost_race = getattr(error, "constraint_name", None) == OLD_KEY_INDEX
+                if alone and not lost_race and not re.fullmatch(NOT_YET, error.sqlstate or ""):
+                    raise
+                pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
+            alone, call = True, call._replace(rows=loop.create_future())
+
+    def _send_waiting(self, statement: str) -> None:
+        """Send the calls that wait, in batches, unless one is in flight that was sent less than MAX_DELAY ago."""
+        waiting, in_flight = self.waiting[statement], self.in_flight[statement]
+
+        def land(batch: asyncio.Task[None]) -> None:
+            in_flight.discard(batch)
+            self._send_waiting(statement)
+
+        waiting[:] = [call for call in waiting if not call.rows.done()]  # the others were cancelled
+        while waiting and not in_flight:
+            batch = asyncio.create_task(self._send_batch(statement, waiting[:MAX_BATCH]))
+            del waiting[:MAX_BATCH]
+            in_flight.add(batch)
+            batch.add_done_callback(land)
+            asyncio.get_running_loop().call_later(MAX_DELAY, land, batch)
+
+    async def _send_batch(self, statement: str, calls: list[Call]) -> None:
+        """Send a statement for the calls, in one message and one transaction; give each its rows or the error."""
+        deadline = calls[0].deadline
+        if statement not in READS:  # in one order, or two batches could wait for each other's locks
+            calls.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
+        answers: list[list[Record]] = [[] for _ in calls]
+        try:
+            async with asyncio.timeout_at(deadline):
+                parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(calls)]
+                for row in await self._fetch(statement, parameters):
+                    if row["user_id"] != calls[row[-1]].user_id:
+                        raise RuntimeError("a statement has returned a row of somebody else")
+                    answers[row[-1]].append(row)
+            for call, rows in zip(calls, answers, strict=True):
+                if not call.rows.done():
+                    call.rows.set_result(rows)
+        except Exception as error:
+            for call in calls:
+                if not call.rows.done():
+                    call.rows.set_exception(error)
+
+    async def _fetch(self, statement: str, parameters: list[tuple[object, ...]]) -> list[Record]:
+        """Return the rows; raise Unavailable for want of a connection, ConnectionError for a lost one, asyncpg's."""
+        if not self.schema_applied:
+            raise Unavailable("the schema has not been applied yet")
+        try:
+            connection: Any = await self.pool.acquire()  # a service.Connection
+        except Exception as error:
+            raise Unavailable(reason(error)) from None
+        try:
+            return list(await connection.execute_for_each(statement, parameters))
+        except (ConnectionError, ReadOnlySQLTransactionError):
+            # A restart ends all the connections of a pool, a failover leaves them with what is a standby now.
             await self.pool.expire_connections()
             raise
-        if statement in CHANGES:  # which give no row where there is no such task
-            found: dict[Any, asyncpg.Record] = {(row["user_id"], row["id"]): row for row in rows}
-            return [found.get(call.parameters[:2]) for call in calls]
-        return [*rows] or [None]  # None for a creation whose key came with another request, which goes alone
+        finally:
+            await self.pool.release(connection, timeout=RELEASE_TIMEOUT)

@@ -1,10 +1,8 @@
--- The changed task and its key, or no row. $2: its id, $3: see update_task.sql, $4: the value of completed, or null to
--- toggle it.
+-- The changed task, or no row. $2, $3 and $4: as in update_task.sql, $5: the value of completed, or null to toggle it.
 UPDATE task
-SET completed = coalesce($4, NOT completed),
-    updated_at = greatest(now(), updated_at + interval '1 microsecond')
+SET completed = coalesce($5, NOT completed),
+    updated_at = greatest(now(), (updated_at AT TIME ZONE 'UTC' + interval '1 microsecond') AT TIME ZONE 'UTC')
 WHERE user_id = $1
-  AND id = $2
-  AND coalesce({version} = ANY($3::text[]), true)
-  AND {lock_timeout}
-RETURNING {task}, {key}
+  AND id = $3
+  AND coalesce(updated_at = ANY($4), true)
+RETURNING {task}, $2::int AS call

@@ -1,9 +1,6 @@
--- The new task and its id. $2: null, or an Idempotency-Key, a space, and the hash of what it came with. Then the fields
--- of a task, in their order. The same $2 again, even at the same time, gives the task that it made, and the same
--- key with another hash no row. The update changes nothing, but lets RETURNING see that task.
-INSERT INTO task (user_id, idempotency_key, title, description, completed)
-VALUES ($1, $2, $3, $4, $5)
-ON CONFLICT (user_id, split_part(idempotency_key, ' ', 1)) WHERE idempotency_key IS NOT NULL
-DO UPDATE SET idempotency_key = excluded.idempotency_key
-WHERE task.idempotency_key = excluded.idempotency_key
-RETURNING {task}, id
+-- The new task, or no row where the key has made one before. $2: the call, $3: an Idempotency-Key or null, $4: the hash
+-- of the request that it came with. Then the fields of a task, in their order.
+INSERT INTO task (user_id, idempotency_key, request_hash, title, description, completed)
+VALUES ($1, $3, $4, $5, $6, $7)
+ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+RETURNING {task}, $2::int AS call

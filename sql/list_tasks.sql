@@ -1,11 +1,8 @@
--- The caller's tasks, newest first, with commas between them, or null if there are none. Queries.list_tasks makes a JSON
--- object of them; here that would copy a long list again. As bytes, because text would be decoded, only to be encoded
--- again for the client. {status} is a condition, one of the values of STATUSES in __init__.py.
-SELECT convert_to(string_agg(item, ', '), 'UTF8')
-FROM (
-    SELECT {task} AS item
-    FROM task
-    WHERE user_id = $1
-      AND {status}
-    ORDER BY created_at DESC, id DESC
-) AS items
+-- A page of the caller's tasks, newest first. $2: the call, $3 and $4: created_at and id of the last task of the page
+-- before, $5: how many tasks at most.
+SELECT {task}, $2::int AS call
+FROM task
+WHERE user_id = $1
+  AND (created_at, id) < ($3, $4)
+ORDER BY created_at DESC, id DESC
+LIMIT $5
