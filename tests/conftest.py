@@ -40,11 +40,16 @@ embedded: Postgres | None = None
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partitions", action="store_true", help="lay out the table of each database in hash partitions")
+    parser.addoption(
+        "--citus", action="store_true", help="distribute it on the cluster of TEST_CITUS_URL; test_citus.py"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tell pytest-postgresql, whose `postgresql_noproc` the fixtures below build on, where the server is."""
     global embedded
+    if config.option.citus and "TEST_CITUS_URL" not in os.environ:
+        raise pytest.UsageError("--citus needs TEST_CITUS_URL, the URL of a database on the coordinator of a cluster.")
     if config.option.collectonly or (config.option.numprocesses and not hasattr(config, "workerinput")):
         return  # no test runs in this process
     if "TEST_DATABASE_URL" not in os.environ:
@@ -59,6 +64,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure() -> None:
     if embedded:
         embedded.remove()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.citus:
+        from tests.test_citus import runs_on_citus
+
+        config.hook.pytest_deselected(items=[item for item in items if not runs_on_citus(item)])
+        items[:] = [item for item in items if runs_on_citus(item)]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -91,7 +104,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def new_database(postgresql_noproc: NoopExecutor, pytestconfig: pytest.Config) -> Iterator[Callable[[], str]]:
-    """A function that creates a database, empty but for what --partitions puts there, and returns its URL."""
+    """A function that creates a database, empty but for what --partitions puts there, and returns its URL.
+
+    With --citus it is a schema with the distributed table.
+    """
+    if pytestconfig.option.citus:
+        from tests.test_citus import distributed_schemas
+
+        with distributed_schemas(os.environ["TEST_CITUS_URL"]) as create_schema:
+            yield create_schema
+        return
     server = postgresql_noproc
     janitors = []
 

@@ -37,8 +37,8 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def lay_out_in_partitions(url: str) -> None:
-    """Create the table as the schema does, without what that adds to it afterwards, in eight parts by their user."""
-    create = re.search(r"CREATE TABLE task \(.*?\n +\)(?=;)", SCHEMA, re.DOTALL)
+    """Create the table of the schema in eight parts, by their user. The service adds its indexes when it starts."""
+    create = re.search(r"^CREATE TABLE IF NOT EXISTS task \(.*?^\)(?=;$)", SCHEMA, re.DOTALL | re.MULTILINE)
     assert create
     with psycopg.connect(url) as connection:
         connection.execute(f"{create[0]} PARTITION BY HASH (user_id)".encode())

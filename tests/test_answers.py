@@ -27,7 +27,7 @@ def configured(new_database: Callable[[], str]) -> Iterator[Service]:
     service.sql("""
         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            RAISE EXCEPTION 'a bug';
+            RAISE EXCEPTION 'a bug' USING ERRCODE = 'internal_error';
         END $$;
         CREATE TRIGGER fail BEFORE INSERT ON task FOR EACH ROW WHEN (NEW.title = 'bug') EXECUTE FUNCTION fail();
         """)
@@ -35,7 +35,7 @@ def configured(new_database: Callable[[], str]) -> Iterator[Service]:
     service.remove()
 
 
-STALE = '"2000-01-01T00:00:00.000000+00:00"'
+STALE = '"2000-01-01T00:00:00+00:00"'
 
 # One request for each status: method, path, and the rest. {id} is a task of the caller's.
 API_READS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -75,7 +75,9 @@ API_WRITES_AND_ERRORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "412 PATCH": ("PATCH", "/api/tasks/{id}/complete", {"headers": {"If-Match": STALE}}),
     "412 DELETE": ("DELETE", "/api/tasks/{id}", {"headers": {"If-Match": STALE}}),
     "413 POST": ("POST", "/api/tasks", {"content": b" " * 70_000}),
+    "413 DELETE": ("DELETE", "/api/tasks/{id}", {"content": b" " * 70_000}),
     "415 POST": ("POST", "/api/tasks", {"content": b"{}", "headers": {"Content-Type": "text/plain"}}),
+    "415 DELETE": ("DELETE", "/api/tasks/{id}", {"content": b"{}", "headers": {"Content-Type": "text/plain"}}),
     "422 GET list": ("GET", "/api/tasks?status=x", {}),
     "422 GET": ("GET", "/api/tasks/x", {}),
     "422 POST": ("POST", "/api/tasks", {"json": {}}),
@@ -394,6 +396,23 @@ def test_a_path_cannot_forge_a_log_line(service: Service, alice: Client, prefix:
     assert alice.get(prefix + sent, headers={"X-Request-ID": request_id}).status_code in (404, 422)
     assert line_of(service, request_id)["path"] == prefix + logged
     assert "\nmethod=GET path=/forged" not in service.log
+
+
+@pytest.mark.parametrize(
+    ("sent", "decoded", "length"),
+    [("x" * 60_000, "x" * 60_000, 1500), ("%00" * 20_000, "\0" * 20_000, 7000),
+     ("%F0%9F%98%80" * 5000, "\U0001f600" * 5000, 13_000), ("%FF" * 20_000, "\ufffd" * 20_000, 7000)],
+    ids=["letters", "NUL", "emoji", "no UTF-8"],
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["/", "/api/tasks/"])
+def test_a_long_path_makes_no_long_line(
+    service: Service, alice: Client, prefix: str, sent: str, decoded: str, length: int
+) -> None:
+    """Its first thousand characters are logged, which can be twelve times as much where they have to be escaped."""
+    request_id = new_request_id()
+    assert alice.get(prefix + sent, headers={"X-Request-ID": request_id}).status_code in (404, 422)
+    assert line_of(service, request_id)["path"] == (prefix + decoded)[:1000]
+    assert len(service.log_line(request_id)) < length
 
 
 def test_the_log_holds_no_token_and_no_query_string(configured: Service) -> None:

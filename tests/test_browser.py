@@ -256,7 +256,10 @@ def allowing(front_end_port: int, new_database: Callable[[], str]) -> Iterator[S
     service = Service(new_database(), CORS_ORIGINS=f"https://app.example.com,http://localhost:{front_end_port}")
     service.wait_until_ready()
     service.sql("""
-        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'a secret'; END$$;
+        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'a secret' USING ERRCODE = 'internal_error';
+        END $$;
         CREATE TRIGGER fail BEFORE INSERT ON task FOR EACH ROW WHEN (NEW.title = 'bug') EXECUTE FUNCTION fail();
     """)
     yield service

@@ -162,16 +162,16 @@ def open_terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 @pytest.mark.parametrize(
-    ("workers", "started", "status"),
-    [("1", "Application startup complete", 130), ("1", "Waiting for application startup", 130),
-     ("2", "Application startup complete", 0)],
+    ("workers", "started"),
+    [("1", "Application startup complete"), ("1", "Waiting for application startup"),
+     ("2", "Application startup complete")],
 )  # fmt: skip
 def test_ctrl_c_is_quiet_and_the_log_has_no_colours(
-    open_terminal: Callable[..., Terminal], database_url: str, workers: str, started: str, status: int
+    open_terminal: Callable[..., Terminal], database_url: str, workers: str, started: str
 ) -> None:
     terminal = open_terminal("python", "service.py", DATABASE_URL=database_url, WEB_CONCURRENCY=workers)
     wait_until(lambda: terminal.prints(started))
-    assert terminal.press_ctrl_c() == status
+    assert terminal.press_ctrl_c() == 0
     assert "Traceback" not in terminal.printed
     assert "\x1b" not in terminal.printed
 

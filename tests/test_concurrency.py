@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from sql import NAMES
 from tests.conftest import new_user_id
 from tests.service_process import Service, token
 
@@ -120,9 +121,7 @@ class User:
 def table(service: Service) -> dict[tuple[str, int], Task]:
     """Return what the database has, by owner and id, with its timestamps as times."""
     with psycopg.connect(service.database_url, row_factory=dict_row) as connection:
-        rows = connection.execute("SELECT * FROM task").fetchall()
-    for row in rows:
-        del row["idempotency_key"]
+        rows = connection.execute(f"SELECT {', '.join(NAMES)} FROM task".encode()).fetchall()
     return {(row["user_id"], row["id"]): row for row in rows}
 
 

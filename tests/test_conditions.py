@@ -66,8 +66,16 @@ NAMES_IT_WEAKLY = {
     "lines with the weak tag": '"a"\nW/{}\nW/"b"',
 }
 NAMES_ANOTHER = {
-    "a version before": '"2000-01-01T00:00:00.000000+00:00"',
-    "a version to come": '"2100-01-01T00:00:00.000000+00:00"',
+    "a version before": '"2000-01-01T00:00:00.000001+00:00"',
+    "a version to come": '"2100-01-01T00:00:00+00:00"',
+    "the first version that there can be": '"0001-01-01T00:00:00.000001+00:00"',
+    "a version before the first": '"0001-01-01T00:00:00+00:00"',
+    "a version after the last": '"9999-12-31T23:59:59.999999+00:00"',
+    "a version of no year": '"10000-01-01T00:00:00+00:00"',
+    "no version": '"2026-02-30T00:00:00+00:00"',
+    "infinity": '"infinity", "-infinity"',
+    "a date": '"2026-01-31"',
+    "null": '"null", "None"',
     "another tag": '"a"',
     "a weak tag": 'W/"a"',
     "a list of others": '"a", W/"b",\t"c"',
@@ -224,32 +232,88 @@ def test_fifty_changes_have_fifty_rising_versions_after_the_clock_was_set_back(s
     task = alice.get(path_of(task)).json()
     for number in range(50):
         task = change_in_turn(alice, task, number)
-        expected = (future + timedelta(microseconds=number + 1)).isoformat(timespec="microseconds")
-        assert task["updated_at"] == expected
+        assert task["updated_at"] == (future + timedelta(microseconds=number + 1)).isoformat()
 
 
 def test_changes_in_one_microsecond_have_a_version_each(service: Service, alice: Client) -> None:
     """In a transaction PostgreSQL's clock stands still."""
     task = alice.create()
 
-    async def change() -> list[Task]:
+    async def change() -> list[datetime]:
         connection = await asyncpg.connect(service.database_url)
         versions = []
-        async with connection.transaction():
-            update = await connection.prepare(sql.UPDATE_TASK)
-            kept = [False, None] * (len(update.get_parameters()) // 2 - 2)  # the other fields
-            for title in ("one", "two"):
-                changed = await update.fetchval(alice.user_id, task["id"], None, True, title, *kept)
-                toggled = await connection.fetchval(sql.COMPLETE_TASK, alice.user_id, task["id"], None, None)
-                versions += [json.loads(changed), json.loads(toggled)]
-        await connection.close()
+        try:
+            async with connection.transaction():
+                update = await connection.prepare(sql.UPDATE_TASK)
+                kept = [False, None] * (len(update.get_parameters()) // 2 - 3)  # the other fields
+                for title in ("one", "two"):
+                    changed = await update.fetchrow(alice.user_id, 0, task["id"], None, True, title, *kept)
+                    toggled = await connection.fetchrow(sql.COMPLETE_TASK, alice.user_id, 0, task["id"], None, None)
+                    assert changed
+                    assert toggled
+                    versions += [changed["updated_at"], toggled["updated_at"]]
+        finally:
+            await connection.close()
         return versions
 
-    history = [task, *asyncio.run(change())]
-    assert all(before["updated_at"] < after["updated_at"] for before, after in pairwise(history))
-    first, last = (datetime.fromisoformat(version["updated_at"]) for version in (history[1], history[-1]))
-    assert last - first == timedelta(microseconds=3)
-    assert alice.tasks() == [history[-1]]
+    versions = asyncio.run(change())
+    assert versions[0] > datetime.fromisoformat(task["updated_at"])
+    assert [after - before for before, after in pairwise(versions)] == [timedelta(microseconds=1)] * 3
+    [stored] = alice.tasks()
+    assert stored == task | {"title": "two", "updated_at": versions[-1].isoformat()}
+
+
+# Moments, their texts, and other texts of the same moment, all of them in quotes.
+SPELLINGS = {
+    "a whole second": (
+        "2026-01-31T08:15:30+00:00",
+        ["2026-01-31T08:15:30.000000+00:00", "2026-01-31T08:15:30.000+00:00", "2026-01-31T08:15:30.0+00:00",
+         "2026-01-31T08:15:30Z", "2026-01-31T08:15:30+0000", "2026-01-31T08:15:30+00", "2026-01-31T08:15:30-00:00",
+         "2026-01-31T08:15:30+00:00:00", "2026-01-31T08:15:30", "2026-01-31T10:15:30+02:00",
+         "2026-01-31t08:15:30+00:00", "20260131T081530+0000", "2026-W05-6T08:15:30+00:00", "1769847330"],
+    ),
+    "a whole minute": ("2026-01-31T08:15:00+00:00", ["2026-01-31T08:15+00:00", "2026-01-31T08:15:00.000000+00:00"]),
+    "midnight": (
+        "2026-01-31T00:00:00+00:00",
+        ["2026-01-31", "2026-01-31T00:00:00.000000+00:00", "2026-01-30T24:00:00+00:00", "2026-01-31T00+00:00"],
+    ),
+    "a tenth of a second": (
+        "2026-01-31T08:15:30.100000+00:00",
+        ["2026-01-31T08:15:30.1+00:00", "2026-01-31T08:15:30.100+00:00", "2026-01-31T08:15:30,100000+00:00"],
+    ),
+    "a microsecond": (
+        "2026-01-31T08:15:30.000001+00:00",
+        ["2026-01-31T08:15:30.0000010+00:00", "2026-01-31T08:15:30.0000011+00:00", "2026-01-31T08:15:30.000001Z",
+         "2026-01-31T08:15:30.000001", "2026-01-31T08:15:30.000001-00:00", "2026-01-31T07:15:30.000001-01:00"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "others"), SPELLINGS.values(), ids=SPELLINGS)
+def test_a_version_is_compared_character_by_character(
+    service: Service, alice: Client, text: str, others: list[str]
+) -> None:
+    """Another text of the same moment, such as the one that version 1.0 wrote, is another version."""
+    task = alice.create()
+    service.sql("UPDATE task SET created_at = %s, updated_at = %s WHERE id = %s", text, text, task["id"])
+    before = service.rows(alice)
+    response = alice.get(path_of(task))
+    assert response.json() == task | {"created_at": text, "updated_at": text}
+    assert response.headers["etag"] == f'"{text}"'
+    for other in others:
+        response = alice.get(path_of(task), headers={"If-None-Match": f'"{other}"'})
+        assert (response.status_code, response.headers["etag"]) == (200, f'"{text}"')
+        for method, action, body, _ in (write.values for write in WRITES):
+            response = alice.request(method, path_of(task) + action, json=body, headers={"If-Match": f'"{other}"'})
+            assert (response.status_code, response.json()) == (412, MOVED_ON)
+    assert service.rows(alice) == before
+    assert alice.get(path_of(task), headers={"If-None-Match": f'"{text}"'}).status_code == 304
+    many = ", ".join(f'"{each}"' for each in [*others, text])
+    assert alice.get(path_of(task), headers={"If-None-Match": many}).status_code == 304
+    assert alice.put(path_of(task), json={}, headers={"If-Match": f'"{text}"'}).headers["etag"] == f'"{text}"'
+    assert alice.put(path_of(task), json={}, headers={"If-Match": many}).headers["etag"] == f'"{text}"'
+    assert alice.put(path_of(task), json={"title": "new"}, headers={"If-Match": f'"{text}"'}).status_code == 200
+    assert alice.put(path_of(task), json={"title": "newer"}, headers={"If-Match": f'"{text}"'}).status_code == 412
 
 
 # --- If-None-Match ---------------------------------------------------------------------------------------------------
@@ -495,6 +559,22 @@ def test_a_write_is_not_made_to_a_task_that_has_moved_on(
     assert response.status_code in (200, 204)
 
 
+def test_a_toggle_by_null_is_made_to_the_version_that_it_names(service: Service, alice: Client, bob: Client) -> None:
+    """As axios sends it for no body."""
+    task, headers = alice.create(), {"Content-Type": "application/json"}
+    path = f"{path_of(task)}/complete"
+    answers = [alice.patch(path, content=b"null", headers=headers | if_match(task)) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 412]
+    toggled = answers[0].json()
+    assert toggled == task | {"completed": True, "updated_at": toggled["updated_at"]}
+    assert answers[1].json() == MOVED_ON
+    assert alice.tasks() == [toggled]
+    response = bob.patch(path, content=b"null", headers=headers | if_match(toggled))
+    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    response = alice.patch(path, content=b"null", headers=headers | if_match(toggled))
+    assert (response.status_code, response.json()["completed"]) == (200, False)
+
+
 @pytest.mark.parametrize(("method", "action", "body", "changes"), WRITES)
 def test_if_match_tells_a_stranger_nothing(
     service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
@@ -554,7 +634,7 @@ FAULTS_OF_A_BODY: dict[str, tuple[dict[str, Any], int, Task]] = {
     [
         *(("PUT", "", fault) for fault in FAULTS_OF_A_BODY | FAULTS),
         *(("PATCH", "/complete", fault) for fault in FAULTS_OF_A_BODY | FAULTS),
-        *(("DELETE", "", fault) for fault in FAULTS),
+        *(("DELETE", "", fault) for fault in ("too large", "not declared as JSON", *FAULTS)),
     ],
 )
 def test_what_is_wrong_with_a_write_comes_before_if_match(
@@ -641,7 +721,9 @@ def test_keys_that_are_alike_are_not_the_same(alice: Client) -> None:
         "k%",
         "_ey",
         "k*",
-        '"key"',
+        '"key',
+        'key"',
+        '""key""',
         "'key'",
         "%6Bey",
         "\\key",
@@ -657,8 +739,26 @@ def test_keys_that_are_alike_are_not_the_same(alice: Client) -> None:
 
 
 @pytest.mark.parametrize(
+    "key", ["k", "5f0c2b3e-8b1f-4f1e-9d53", "a,b;c", "'", '"', "\\", "x" * 253, "x" * 255], ids=len
+)
+@pytest.mark.parametrize("quoted_first", [False, True], ids=["without quotes first", "with quotes first"])
+def test_a_key_is_the_same_in_quotes_and_without(alice: Client, bob: Client, key: str, quoted_first: bool) -> None:
+    """As the draft of the IETF writes it, and as everybody does. The longest one has 257 characters then."""
+    first, second = (f'"{key}"', key) if quoted_first else (key, f'"{key}"')
+    task = assert_created(with_key(alice, first))
+    assert_created(with_key(alice, second), task)
+    assert_created(with_key(alice, first), task)
+    response = with_key(alice, second, {"title": "another"})
+    assert (response.status_code, response.json()) == (422, ANOTHER_BODY)
+    assert alice.tasks() == [task]
+    his = assert_created(with_key(bob, second))
+    assert (his["id"] != task["id"], bob.tasks()) == (True, [his])
+
+
+@pytest.mark.parametrize(
     "key",
-    [b"", b"x" * 256, b"x" * 5000, b"a b", b"a\tb", b", ,", "é".encode(), "é".encode("latin-1"), b"\x80", b"\xa0",
+    [b'""', b'"a b"', b'" "', b'"' + b"x" * 256 + b'"', b'"' + b"x" * 255, b"x" * 255 + b'"', b'"\xe9"',
+     b"", b"x" * 256, b"x" * 5000, b"a b", b"a\tb", b", ,", "é".encode(), "é".encode("latin-1"), b"\x80", b"\xa0",
      "\uff41".encode(), b"a\xff"],
     ids=lambda key: ascii(key)[:20],
 )  # fmt: skip
@@ -692,7 +792,9 @@ def test_what_cannot_be_a_key_is_told_in_its_place(
     assert (response.status_code, response.json()) == (status, answer)
 
 
-@pytest.mark.parametrize("keys", [("a", "b"), ("a", "a"), ("a", ""), ("", "a"), ("", ""), ("a", "b", "c")])
+@pytest.mark.parametrize(
+    "keys", [("a", "b"), ("a", "a"), ("a", ""), ("", "a"), ("", ""), ("a", "b", "c"), ('"a"', '"a"'), ('"a"', "a")]
+)
 def test_several_keys_are_refused(alice: Client, keys: tuple[str, ...]) -> None:
     headers = [("Idempotency-Key", key) for key in keys]
     response = alice.post("/api/tasks", json=BODY, headers=headers)
@@ -910,7 +1012,7 @@ def race(
 
 
 THE_TASK: LiteralString = "SELECT FROM task WHERE user_id = %s AND id = %s FOR UPDATE"
-THE_KEY: LiteralString = "INSERT INTO task (user_id, title, idempotency_key) VALUES (%s, 'held', %s || ' held')"
+THE_KEY: LiteralString = "INSERT INTO task (user_id, title, idempotency_key, request_hash) VALUES (%s, 'a', %s, 'b')"
 
 
 def statuses(answers: list[httpx.Response]) -> dict[int, int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,12 @@ def untouched(service: Service, alice: Client, bob: Client) -> Iterator[str]:
     before = service.rows(alice, bob)
     yield f"/api/tasks/{task['id']}"
     assert service.rows(alice, bob) == before
+
+
+@pytest.fixture
+def delete(alice: Client, untouched: str) -> Callable[..., httpx.Response]:
+    """A function that sends a DELETE with a body, which needs none and may have one, to the task of `untouched`."""
+    return partial(alice.request, "DELETE", untouched)
 
 
 @pytest.fixture(params=["POST", "PUT", "PATCH"])
@@ -201,6 +210,17 @@ def test_a_token_that_is_not_good_is_refused(nobody: Client, authorization: str,
     assert_error(response, 401, detail, WWW_Authenticate='Bearer error="invalid_token"')
 
 
+def test_two_authorization_headers_are_refused(service: Service, alice: Client, bob: Client, untouched: str) -> None:
+    """Even if both are valid: what stands before the service may have looked at the other one."""
+    good, his = f"Bearer {token(alice.user_id)}", f"Bearer {token(bob.user_id)}"
+    for first, last in ((good, good), (his, good), (good, his), (good, "none"), ("none", good), ("", good), (good, "")):
+        headers = [("Authorization", first), ("Authorization", last)]
+        for method, path in (("GET", untouched), ("DELETE", untouched), ("GET", "/api/nothing")):
+            with service.client() as client:
+                response = client.request(method, path, headers=headers)
+            assert_error(response, 401, "Invalid token", WWW_Authenticate='Bearer error="invalid_token"')
+
+
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR", "Bearer  "])
 def test_the_scheme_is_read_in_any_case(service: Service, alice: Client, scheme: str) -> None:
     task = alice.create()
@@ -329,6 +349,59 @@ def test_a_body_beyond_the_limit_is_refused(write: Callable[..., httpx.Response]
     assert_error(write(content=chunks(content) if chunked else content), 413, TOO_LARGE)
 
 
+@pytest.mark.parametrize("length", [LIMIT + 1, 5_000_000])
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with its length"])
+def test_a_deletion_with_a_body_beyond_the_limit_is_refused(
+    delete: Callable[..., httpx.Response], length: int, chunked: bool
+) -> None:
+    content = padded(length)
+    assert_error(delete(content=chunks(content) if chunked else content), 413, TOO_LARGE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"null", b"{", b"\xff", b'{"title": 1}', b" " * LIMIT],
+    ids=lambda content: ascii(content)[:9],
+)
+def test_what_the_body_of_a_deletion_says_means_nothing(alice: Client, bob: Client, content: bytes) -> None:
+    task, other, his = alice.create(), alice.create(), bob.create()
+    assert alice.request("DELETE", f"/api/tasks/{task['id']}", content=content).status_code == 204
+    assert (alice.tasks(), bob.tasks()) == ([other], [his])
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with its length"])
+def test_a_task_is_deleted_once_the_whole_body_has_arrived(service: Service, alice: Client, chunked: bool) -> None:
+    """What has arrived of the others looks like a deletion, and could be one whose rest is refused."""
+    task = alice.create()
+    path = f"/api/tasks/{task['id']}"
+    framing = "Transfer-Encoding: chunked" if chunked else "Content-Length: 7"
+    head = (
+        f"DELETE {path} HTTP/1.1\r\nHost: here\r\nAuthorization: {alice.headers['Authorization']}\r\n{framing}\r\n\r\n"
+    )
+    body = [b"7\r\n", b'{"a', b'":1}', b"\r\n0\r\n", b"\r\n"] if chunked else [b'{"a', b'":1', b"}"]
+    parts = [head.encode(), *body]
+    for count in range(1, len(parts)):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            for part in parts[:count]:
+                connection.sendall(part)
+                # Requests that come later than the part. They find the task, and change it before a deletion could.
+                assert alice.get(path).status_code == 200
+                assert alice.patch(f"{path}/complete").status_code == 200
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for part in parts:
+            connection.sendall(part)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 204 ")
+    assert alice.tasks() == []
+
+
+def test_a_deletion_of_a_broken_body_deletes_nothing(service: Service, alice: Client, untouched: str) -> None:
+    headers = {"Authorization": alice.headers["Authorization"], "Transfer-Encoding": "chunked"}
+    for rest in (b"2\r\n{}\r\nnonsense\r\n\r\n", b"nonsense\r\n", b"2\r\n{}}"):
+        status, answered, body = exchange(service, "DELETE", untouched, headers, rest)
+        assert (status, answered["content-type"]) == (400, "application/json")
+        assert json.loads(body).keys() == {"detail"}
+
+
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with its length"])
 def test_a_body_of_the_limit_is_read(service: Service, alice: Client, bob: Client, chunked: bool) -> None:
     def body() -> bytes | Iterator[bytes]:
@@ -348,7 +421,8 @@ def test_a_body_of_the_limit_is_read(service: Service, alice: Client, bob: Clien
 def test_a_body_that_is_declared_too_large_is_not_waited_for(
     service: Service, alice: Client, untouched: str, declared: int, sent: bytes
 ) -> None:
-    for method, path in (("POST", "/api/tasks"), ("PUT", untouched), ("PATCH", f"{untouched}/complete")):
+    writes = (("POST", "/api/tasks"), ("PUT", untouched), ("PATCH", f"{untouched}/complete"), ("DELETE", untouched))
+    for method, path in writes:
         headers = {"Authorization": alice.headers["Authorization"], "Content-Length": str(declared)}
         status, _, body = exchange(service, method, path, headers, sent)
         assert (status, json.loads(body)) == (413, {"detail": TOO_LARGE})
@@ -356,14 +430,33 @@ def test_a_body_that_is_declared_too_large_is_not_waited_for(
 
 def test_a_chunked_body_that_is_too_large_is_not_waited_for(service: Service, alice: Client, untouched: str) -> None:
     chunk = b"%x\r\n%b\r\n" % (LIMIT + 1, b" " * (LIMIT + 1))  # and no last chunk
-    for method, path in (("POST", "/api/tasks"), ("PUT", untouched), ("PATCH", f"{untouched}/complete")):
+    writes = (("POST", "/api/tasks"), ("PUT", untouched), ("PATCH", f"{untouched}/complete"), ("DELETE", untouched))
+    for method, path in writes:
         headers = {"Authorization": alice.headers["Authorization"], "Transfer-Encoding": "chunked"}
         status, _, body = exchange(service, method, path, headers, chunk)
         assert (status, json.loads(body)) == (413, {"detail": TOO_LARGE})
 
 
-def test_a_connection_goes_on_after_a_body_that_was_too_large(alice: Client) -> None:
-    assert_error(alice.post("/api/tasks", content=padded(200_000)), 413, TOO_LARGE)
+@pytest.mark.parametrize("length", [LIMIT + 1, 200_000])
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with its length"])
+def test_a_connection_goes_on_after_a_body_that_was_too_large_or_the_answer_says_that_it_ends(
+    service: Service, alice: Client, length: int, chunked: bool
+) -> None:
+    """Or a router would send its next request, of whomever, on a connection that is about to close."""
+    headers = {"Authorization": alice.headers["Authorization"]}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)) as connection:
+        connection.auto_open = 0  # or one that was closed would be opened again in silence
+        connection.connect()
+        for _ in range(3):
+            content = padded(length)
+            connection.request("POST", "/api/tasks", chunks(content) if chunked else content, headers)
+            response = connection.getresponse()
+            assert (response.status, json.loads(response.read())) == (413, {"detail": TOO_LARGE})
+            if response.headers.get("connection", "") == "close":
+                break
+            connection.request("GET", "/api/tasks", headers=headers)
+            response = connection.getresponse()
+            assert (response.status, json.loads(response.read())) == (200, {"items": []})
     assert alice.tasks() == []
 
 
@@ -395,6 +488,14 @@ def test_what_is_declared_as_json_is_read(alice: Client, bob: Client, media_type
 )  # fmt: skip
 def test_what_is_declared_as_something_else_is_refused(write: Callable[..., httpx.Response], media_type: str) -> None:
     assert_error(write(content=BODY, headers={"Content-Type": media_type}), 415, NOT_DECLARED_AS_JSON)
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x"])
+def test_a_deletion_of_what_is_declared_as_something_else_is_refused(
+    delete: Callable[..., httpx.Response], media_type: str
+) -> None:
+    assert_error(delete(content=BODY, headers={"Content-Type": media_type}), 415, NOT_DECLARED_AS_JSON)
+    assert_error(delete(content=b"x", headers={"Content-Type": media_type}), 415, NOT_DECLARED_AS_JSON)
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "nonsense"])
@@ -487,14 +588,22 @@ def test_a_new_task_needs_a_title(alice: Client, untouched: str) -> None:
     assert_invalid(alice.post("/api/tasks", json={"Title": "milk", "description": "x"}), ("title", "is required"))
 
 
-@pytest.mark.parametrize("body", ["null", "[]", '[{"title": "milk"}]', '"milk"', "7", "1.5", "true", "false"])
+@pytest.mark.parametrize("body", ["[]", '[{"title": "milk"}]', '"milk"', '"null"', "7", "1.5", "true", "false"])
 def test_a_body_must_be_an_object(write: Callable[..., httpx.Response], body: str) -> None:
     assert_invalid(write(content=body), ("body", "must be an object"))
 
 
+def test_null_is_a_body_only_where_none_is_needed(alice: Client, untouched: str) -> None:
+    """PATCH takes it for no body: see test_tasks.py."""
+    assert_invalid(alice.post("/api/tasks", content="null"), ("body", "must be an object"))
+    assert_invalid(alice.put(untouched, content="null"), ("body", "must be an object"))
+    error = ("task_id", "must be a decimal integer")
+    assert_invalid(alice.patch("/api/tasks/x/complete", content="null"), error)
+
+
 @pytest.mark.parametrize(
     "status",
-    ["=done", "=", "", "=ALL", "=Pending", "=all,pending", "=all%20", "=%20all", "=1", "=true", "=null", "=all%00",
+    ["=done", "=ALL", "=Pending", "=all,pending", "=all%20", "=%20all", "=1", "=true", "=null", "=all%00",
      "=%ff", "=completed%0A", "=%F0%9F%98%80"],
 )  # fmt: skip
 def test_an_unknown_status_is_refused(alice: Client, untouched: str, status: str) -> None:
@@ -557,7 +666,7 @@ def faulty(new_database: Callable[[], str]) -> Iterator[Service]:
     service.sql("""
         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            RAISE EXCEPTION 'the secret of the database';
+            RAISE EXCEPTION 'the secret of the database' USING ERRCODE = 'internal_error';
         END $$;
         CREATE TRIGGER fail BEFORE INSERT OR UPDATE ON task
             FOR EACH ROW WHEN (NEW.title = 'bug') EXECUTE FUNCTION fail();
@@ -577,6 +686,57 @@ def test_a_bug_is_logged_with_its_traceback_and_answered_without(faulty: Service
     after_bug = faulty.log.partition("id=bug-1")[2]
     assert after_bug.partition("\n")[2].startswith("Traceback (most recent call last):\n")
     assert "the secret of the database" in after_bug
+
+
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "a"}], ids=["without a key", "with a key"])
+def test_an_id_that_is_taken_already_is_a_bug(
+    new_database: Callable[[], str], start_service: Callable[..., Service], headers: dict[str, str]
+) -> None:
+    """As after a restore that has left the sequence of the ids behind its table: nothing is the client's fault."""
+    service = start_service(new_database())
+    service.wait_until_ready()
+    with service.client("alice") as alice:
+        tasks = [alice.create(str(number)) for number in range(50)][::-1]
+        before = service.rows(alice)
+        service.sql("SELECT setval(pg_get_serial_sequence('task', 'id'), %s)", tasks[-1]["id"])
+        for number in range(7):
+            given = {"X-Request-ID": f"taken-{number}"}
+            response = alice.post("/api/tasks", json={"title": "new"}, headers=headers | given)
+            assert_error(response, 500, "Internal Server Error")
+            assert " status=500 " in service.log_line(f"taken-{number}")
+        assert alice.get("/health", headers={"X-Request-ID": "after"}).status_code == 200
+        service.log_line("after")  # what comes before it is there by now
+        assert service.log.count("Traceback (most recent call last):\n") == 7
+        assert service.log.count("UniqueViolationError") >= 7
+        assert service.rows(alice) == before
+        service.sql("SELECT setval(pg_get_serial_sequence('task', 'id'), max(id)) FROM task")
+        response = alice.post("/api/tasks", json={"title": "new"}, headers=headers)
+        assert (response.status_code, alice.tasks()) == (201, [response.json(), *tasks])
+
+
+def test_what_a_rule_of_the_database_refuses_is_no_bug(
+    new_database: Callable[[], str], start_service: Callable[..., Service]
+) -> None:
+    """One that whoever runs the service has added: a constraint or a trigger."""
+    service = start_service(new_database())
+    service.wait_until_ready()
+    service.sql("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'the secret of the database';
+        END $$;
+        CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON task
+            FOR EACH ROW WHEN (NEW.title = 'trigger') EXECUTE FUNCTION refuse();
+        ALTER TABLE task ADD CONSTRAINT task_no_x CHECK (title <> 'constraint');
+        """)
+    with service.client("alice") as alice:
+        task = alice.create()
+        for title in ("trigger", "constraint"):
+            error = ("body", "is refused by the database")
+            assert_invalid(alice.post("/api/tasks", json={"title": title}), error)
+            assert_invalid(alice.put(f"/api/tasks/{task['id']}", json={"title": title}), error)
+        assert alice.tasks() == [task]
+    assert "Traceback" not in service.log
 
 
 def test_an_exception_in_the_middle_of_an_answer_is_logged_with_the_status_that_was_sent(
@@ -644,9 +804,12 @@ HUGE, TEXT, HALF, WRONG, FINE = padded(LIMIT + 1), {"Content-Type": "text/plain"
         # then 413, with all that could be wrong beside it, and one thing less in each line
         ("POST", "/api/tasks", HUGE, TEXT, 413),
         ("PUT", "/api/tasks/x", HUGE, TEXT, 413),
+        ("DELETE", "/api/tasks/x", HUGE, TEXT, 413),
         ("PATCH", "/api/tasks/x/complete", HUGE, TEXT, 413),
         ("POST", "/api/tasks", HALF, TEXT, 415),
         ("PUT", "/api/tasks/x", HALF, TEXT, 415),
+        ("DELETE", "/api/tasks/x", HALF, TEXT, 415),
+        ("DELETE", NO_TASK, FINE, TEXT, 415),
         ("PATCH", "/api/tasks/x/complete", HALF, TEXT, 415),
         ("PUT", NO_TASK, WRONG, TEXT, 415),
         ("POST", "/api/tasks", HALF, {}, 400),
@@ -657,12 +820,16 @@ HUGE, TEXT, HALF, WRONG, FINE = padded(LIMIT + 1), {"Content-Type": "text/plain"
         ("PUT", "/api/tasks/x", FINE, {}, 422),
         ("PATCH", "/api/tasks/x/complete", FINE, {}, 422),
         ("PATCH", "/api/tasks/x/complete", b"", {}, 422),
+        ("PATCH", "/api/tasks/x/complete", b"null", {}, 422),
+        ("DELETE", "/api/tasks/x", b"", TEXT, 422),
         ("PUT", NO_TASK, WRONG, {}, 422),
         ("PATCH", f"{NO_TASK}/complete", b'{"completed": 1}', {}, 422),
         # and last what only the database knows
         ("PUT", NO_TASK, FINE, {}, 404),
         ("PATCH", f"{NO_TASK}/complete", FINE, {}, 404),
         ("PATCH", f"{NO_TASK}/complete", b"", TEXT, 404),
+        ("PATCH", f"{NO_TASK}/complete", b"null", {}, 404),
+        ("DELETE", NO_TASK, FINE, {}, 404),
     ],
     ids=lambda value: ascii(value)[:20],
 )

@@ -407,8 +407,8 @@ async def test_a_flood_of_requests_is_answered_or_refused_and_leaves_nothing_beh
         await flood(service, 3, callers)
         memory = service.memory
         created, listed = await flood(service, 5, callers)
-        # And now the database cannot keep up: two connections make 40 tasks a second.
-        slow = "BEGIN PERFORM pg_sleep(0.05); RETURN new; END"
+        # And now the database cannot keep up: two connections make 20 tasks a second.
+        slow = "BEGIN PERFORM pg_sleep(0.1); RETURN new; END"
         execute(postgres.url(), f"CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS '{slow}'")
         execute(postgres.url(), "CREATE TRIGGER slow BEFORE INSERT ON task FOR EACH ROW EXECUTE FUNCTION slow()")
         held_up, listed_meanwhile = await flood(service, 10, callers)

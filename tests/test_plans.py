@@ -1,42 +1,67 @@
-"""How PostgreSQL carries the statements out, by its own plans: by an index, and never more than one user's rows."""
+"""How PostgreSQL carries the statements out, by its own plans: by an index, and never more than one page of a list."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import asyncpg
 import psycopg
+import psycopg.sql
 import pytest
 
-import sql
-from sql import LOCK_TIMEOUTS, SCHEMA, STATUSES, load
+from sql import ADOPT, FIRST_PAGE, NEXT_PAGE, SCHEMA, load
 from tests.service_process import Service
 from tests.test_query_module import STATEMENTS
-from tests.test_schema import old_table
 
-FILL = """
-    INSERT INTO task (user_id, title, completed)
-    SELECT 'user-' || number % 5000, 'task ' || number, number % 10000 < 5000 FROM generate_series(1, 100000) AS number;
-    INSERT INTO task (user_id, title, completed)
-    SELECT 'busy', 'task ' || number, number % 10000 > 0 FROM generate_series(1, 100000) AS number;
-    ANALYZE task
+# As SQLModel makes it for the old backend.
+OLD_TABLE = """
+    CREATE TABLE task (
+        id SERIAL NOT NULL PRIMARY KEY,
+        user_id VARCHAR(255) NOT NULL,
+        title VARCHAR(200) NOT NULL,
+        description VARCHAR(2000),
+        completed BOOLEAN NOT NULL,
+        created_at TIMESTAMP WITHOUT TIME ZONE NOT NULL,
+        updated_at TIMESTAMP WITHOUT TIME ZONE NOT NULL
+    );
+    CREATE INDEX ix_task_user_id ON task (user_id);
 """
-CALLS = [*((name, "all") for name in STATEMENTS), ("list_tasks.sql", "pending"), ("list_tasks.sql", "completed")]
+FILL = """
+    INSERT INTO task (user_id, title, completed, created_at, idempotency_key)
+    SELECT 'user-' || number % 5000, 'task ' || number, number % 10000 < 5000, now() - number * interval '1 second',
+        CASE WHEN number % 10 = 7 THEN 'key ' || number END
+    FROM generate_series(1, 100000) AS number;
+    INSERT INTO task (user_id, title, completed, created_at, idempotency_key)
+    SELECT 'busy', 'task ' || number, number % 10000 > 0, now() - number * interval '1 second',
+        CASE WHEN number % 10 = 7 THEN 'key ' || number END
+    FROM generate_series(1, 100000) AS number;
+    VACUUM ANALYZE task
+"""
+LISTS = ["list_tasks.sql", "list_tasks_by_status.sql"]
+BY_ID = ["get_task.sql", "update_task.sql", "complete_task.sql", "delete_task.sql"]
+INDEXES = {
+    "list_tasks.sql": "task_user_id_created_at_id_idx",
+    "list_tasks_by_status.sql": "task_user_id_completed_created_at_id_idx",
+    "get_task_by_key.sql": "task_idempotency_key_idx",
+    **dict.fromkeys(BY_ID, "task_pkey"),
+}
+BEFORE_ALL = ("infinity", 2**63 - 1)
+"""What the first page of a list comes after."""
 
 
-@pytest.fixture(scope="module", params=["", old_table()], ids=["fresh", "adopted"])
+@pytest.fixture(scope="module", params=["fresh", "adopted"])
 def filled_url(request: pytest.FixtureRequest, new_database: Callable[[], str]) -> str:
     """A database in which 5,000 users have 20 tasks each, and one has 10 to do among 99,990 that are done."""
     url = new_database()
-    with psycopg.connect(url) as connection:
-        for text in (request.param, SCHEMA, FILL):
-            connection.execute(text.encode())
+    with psycopg.connect(url, autocommit=True) as connection:
+        before = [OLD_TABLE, ADOPT] if request.param == "adopted" else []
+        connection.execute("\n".join([*before, SCHEMA]).encode())
+        for statement in FILL.split(";"):
+            connection.execute(statement.encode())
     return url
 
 
-# The generic plan is what a statement gets, but for one behind a pooler, which has a plan for each call.
+# The generic plan is what a statement gets, but for one behind a pooler, which may have a plan for each call.
 @pytest.fixture(params=["force_custom_plan", "force_generic_plan"])
 def filled(filled_url: str, request: pytest.FixtureRequest) -> Iterator[psycopg.Connection[Any]]:
     """A connection whose changes are undone after the test."""
@@ -46,19 +71,50 @@ def filled(filled_url: str, request: pytest.FixtureRequest) -> Iterator[psycopg.
         connection.rollback()
 
 
-def plan_of(connection: psycopg.Connection[Any], statement: str, user_id: str) -> dict[str, Any]:
-    """Carry a statement out for a user's oldest task, and return how that was done."""
-    [(task_id,)] = connection.execute("SELECT min(id) FROM task WHERE user_id = %s", (user_id,)).fetchall()
-    connection.execute(f"PREPARE the_statement AS {statement}".encode())
-    types = "SELECT parameter_types::text[] FROM pg_prepared_statements WHERE name = 'the_statement'"
-    [(names,)] = connection.execute(types).fetchall()
-    values = {"bigint": str(task_id), "boolean": "true", "text": "'a text'"}
-    parameters = ", ".join([f"'{user_id}'", *(values.get(name, "NULL") for name in names[1:])])
-    explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE the_statement ({parameters})"
-    [([found],)] = connection.execute(explained.encode()).fetchall()
+def plan_of(connection: psycopg.Connection[Any], name: str, *parameters: object) -> dict[str, Any]:
+    """Carry a statement out, with null for the parameters that are left out, and return how that was done."""
+    connection.execute(f"PREPARE the_statement AS {load(name)}".encode())
+    types = "SELECT cardinality(parameter_types) FROM pg_prepared_statements WHERE name = 'the_statement'"
+    [(count,)] = connection.execute(types).fetchall()
+    values = [*parameters, *[None] * (count - len(parameters))]
+    call = psycopg.sql.SQL("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE the_statement ({})")
+    literals = psycopg.sql.SQL(", ").join(map(psycopg.sql.Literal, values))
+    [([found],)] = connection.execute(call.format(literals)).fetchall()
     connection.execute("DEALLOCATE the_statement")
     plan: dict[str, Any] = found["Plan"]
     return plan
+
+
+def page_of(
+    connection: psycopg.Connection[Any],
+    name: str,
+    user_id: str,
+    after: tuple[object, object],
+    limit: int,
+    *status: bool,
+) -> dict[str, Any]:
+    return plan_of(connection, name, user_id, 0, *after, limit, *status)
+
+
+def middle_of_the_list(connection: psycopg.Connection[Any], user_id: str) -> tuple[object, object]:
+    """Return where a page in the middle of a user's tasks begins."""
+    middle = """
+        SELECT created_at, id FROM task WHERE user_id = %s ORDER BY created_at DESC, id DESC
+        OFFSET (SELECT count(*) / 2 FROM task WHERE user_id = %s) LIMIT 1
+    """
+    [(created_at, task_id)] = connection.execute(middle, (user_id, user_id)).fetchall()
+    return created_at, task_id
+
+
+def oldest(connection: psycopg.Connection[Any], user_id: str) -> int:
+    [(task_id,)] = connection.execute("SELECT min(id) FROM task WHERE user_id = %s", (user_id,)).fetchall()
+    assert isinstance(task_id, int)
+    return task_id
+
+
+def setting(connection: psycopg.Connection[Any]) -> str:
+    [(mode,)] = connection.execute("SHOW plan_cache_mode").fetchall()
+    return str(mode)
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -67,75 +123,91 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(child)
 
 
-def pages(plan: dict[str, Any]) -> int:
-    """Return how many pages a plan has looked at."""
+def buffers(plan: dict[str, Any]) -> int:
+    """Return how many of PostgreSQL's pages a plan has looked at."""
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 
-@pytest.mark.parametrize("lock_timeout", LOCK_TIMEOUTS)
+# --- Lists -----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("user_id", ["user-7", "busy"])
-@pytest.mark.parametrize(("name", "status"), CALLS)
-def test_no_statement_scans_the_table_or_sorts(
-    filled: psycopg.Connection[Any], name: str, status: str, user_id: str, lock_timeout: str
+@pytest.mark.parametrize("place", ["first", "middle"])
+@pytest.mark.parametrize(("name", "status"), [(LISTS[0], ()), (LISTS[1], (True,)), (LISTS[1], (False,))])
+def test_a_page_is_read_off_an_index_in_its_order(
+    filled: psycopg.Connection[Any], name: str, status: tuple[bool, ...], place: str, user_id: str
 ) -> None:
-    found = list(nodes(plan_of(filled, load(name, status, lock_timeout=lock_timeout), user_id)))
-    kinds = {node["Node Type"] for node in found}
-    assert not kinds & {"Seq Scan", "Incremental Sort"}, kinds
-    scans = [node for node in found if "Scan" in node["Node Type"] and "Relation Name" in node]
-    assert len(scans) == (0 if name == "create_task.sql" else 1)
-    for node in found:
-        if node["Node Type"] == "Sort":  # where most tasks are a user's own, reading them in order is not the cheapest
-            assert node["Actual Rows"] <= 100_000
+    after = BEFORE_ALL if place == "first" else middle_of_the_list(filled, user_id)
+    limit, *others, scan = nodes(page_of(filled, name, user_id, after, FIRST_PAGE, *status))
+    if scan.get("Index Name") == "ix_task_user_id":  # the old backend's: no worse for less than a page
+        assert (name, user_id, scan["Actual Rows"], setting(filled)) == (LISTS[0], "user-7", 20, "force_custom_plan")
+        return
+    assert others == []
+    assert (limit["Node Type"], scan["Node Type"]) == ("Limit", "Index Scan")  # and nothing that sorts
+    assert (scan["Index Name"], scan["Scan Direction"]) == (INDEXES[name], "Forward")
+    assert "ROW(created_at, id) < ROW(" in scan["Index Cond"]
+    assert "Filter" not in scan
+    assert scan["Actual Rows"] <= FIRST_PAGE
 
 
-@pytest.mark.parametrize("name", [name for name in STATEMENTS if name not in ("list_tasks.sql", "create_task.sql")])
-def test_one_task_of_very_many_costs_as_much_as_one_of_few(filled: psycopg.Connection[Any], name: str) -> None:
-    few, many = (pages(plan_of(filled, load(name), user_id)) for user_id in ("user-7", "busy"))
-    assert 0 < many <= few * 2 + 4
+@pytest.mark.parametrize("limit", [FIRST_PAGE, NEXT_PAGE])
+@pytest.mark.parametrize(("name", "status"), [(LISTS[0], ()), (LISTS[1], (True,))])
+def test_a_page_of_a_hundred_thousand_tasks_costs_what_it_holds(
+    filled: psycopg.Connection[Any], name: str, status: tuple[bool, ...], limit: int
+) -> None:
+    """Wherever it is: the way down the index, and then pages that are full of this user's tasks."""
+    for after in (BEFORE_ALL, middle_of_the_list(filled, "busy")):
+        plan = page_of(filled, name, "busy", after, limit, *status)
+        assert plan["Actual Rows"] == limit
+        assert 0 < buffers(plan) <= 6 + limit / 25
 
 
 def test_ten_tasks_to_do_among_a_hundred_thousand_cost_as_much_as_ten_of_twenty(
     filled: psycopg.Connection[Any],
 ) -> None:
-    plans = {user_id: plan_of(filled, load("list_tasks.sql", "pending"), user_id) for user_id in ("user-7", "busy")}
+    plans = {each: page_of(filled, LISTS[1], each, BEFORE_ALL, FIRST_PAGE, False) for each in ("user-7", "busy")}
     for plan in plans.values():
-        assert {node["Index Name"] for node in nodes(plan) if "Index Name" in node} == {"task_pending_idx"}
-        assert max(node["Actual Rows"] for node in nodes(plan)) == 10
+        assert plan["Actual Rows"] == 10
         assert not any(node.get("Rows Removed by Filter") for node in nodes(plan))
-    assert 0 < pages(plans["busy"]) <= 2 * pages(plans["user-7"])
+    assert 0 < buffers(plans["busy"]) <= buffers(plans["user-7"]) + 2
 
 
-def test_all_the_statuses_have_a_plan() -> None:
-    assert {status for _, status in CALLS} == set(STATUSES)
+# --- One task --------------------------------------------------------------------------------------------------------
 
 
-def test_each_statement_is_planned_once_for_all_users(filled_url: str) -> None:
-    """Even a list, for which a plan of its own looks cheaper to PostgreSQL, and is not."""
-
-    async def plans(init: Callable[..., Any] | None) -> tuple[int, int]:
-        async with asyncpg.create_pool(
-            filled_url, min_size=0, max_size=1, init=init, connection_class=sql.Connection
-        ) as pool:
-            queries = sql.Queries(pool)
-            await queries.apply_schema()
-            for _ in range(20):
-                await queries.list_tasks("user-7", "all")
-            row = await pool.fetchrow(
-                "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1",
-                sql.LIST_TASKS["all"],
-            )
-            assert row
-            return row["generic_plans"], row["custom_plans"]
-
-    assert asyncio.run(plans(None)) == (0, 20)
-    assert asyncio.run(plans(sql.plan_once)) == (20, 0)
+@pytest.mark.parametrize("name", [*BY_ID, "get_task_by_key.sql"])
+def test_one_task_is_found_by_one_index_and_of_very_many_as_of_few(filled: psycopg.Connection[Any], name: str) -> None:
+    cost = {}
+    for user_id in ("user-7", "busy"):
+        key_or_id = "key 7" if name == "get_task_by_key.sql" else oldest(filled, user_id)
+        plan = plan_of(filled, name, user_id, 0, key_or_id)
+        [scan] = [node for node in nodes(plan) if "Scan" in node["Node Type"]]
+        assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", INDEXES[name])
+        assert (scan["Actual Rows"], scan.get("Rows Removed by Filter", 0)) == (1, 0)
+        cost[user_id] = buffers(plan)
+    assert 0 < cost["busy"] <= cost["user-7"] * 2 + 4
 
 
-@pytest.mark.parametrize(("query", "mode"), [("", "force_generic_plan"), ("?pgbouncer=true", "auto")])
-def test_the_service_does_so_but_behind_a_pooler(
-    database_url: str, start_service: Callable[[str], Service], query: str, mode: str
+@pytest.mark.parametrize("key", [None, "a new key", "key 7"])
+def test_a_creation_reads_no_table(filled: psycopg.Connection[Any], key: str | None) -> None:
+    plan = plan_of(filled, "create_task.sql", "user-7", 0, key, key, "a task", None, False)
+    assert [node["Node Type"] for node in nodes(plan)] == ["ModifyTable", "Result"]
+    assert plan["Actual Rows"] == (0 if key == "key 7" else 1)
+    assert buffers(plan) < 100  # the way down each index, for the new row; the table has thousands
+
+
+def test_every_statement_has_a_plan() -> None:
+    assert {*INDEXES, "create_task.sql"} == set(STATEMENTS)
+
+
+# --- The service -----------------------------------------------------------------------------------------------------
+
+
+def test_the_service_has_each_statement_planned_once_for_all_users(
+    database_url: str, start_service: Callable[..., Service]
 ) -> None:
-    service = start_service(database_url + query)
+    """Even a list, for which a plan of its own looks cheaper to PostgreSQL, and is not."""
+    service = start_service(database_url)
     service.wait_until_ready()
     with psycopg.connect(database_url) as connection:
         connection.execute("""
@@ -147,4 +219,4 @@ def test_the_service_does_so_but_behind_a_pooler(
             CREATE TRIGGER tell BEFORE INSERT ON task FOR EACH ROW EXECUTE FUNCTION tell();
             """)
     with service.client("alice") as alice:
-        assert alice.create()["title"] == mode
+        assert alice.create()["title"] == "force_generic_plan"

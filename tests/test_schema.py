@@ -1,4 +1,4 @@
-"""The schema: what it refuses, how it is applied by many at once, and how it adopts the table of the old backend."""
+"""The schema: what it refuses, and how it is applied, by any number of processes at once and by whom."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,45 +22,37 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.service_process import ROOT, SECRET, Client, Service, environment, procfile_line, running
+from service import BEGIN, LOCK_TIMEOUT
+from service import apply_schema as apply_on
+from tests.service_process import ROOT, SECRET, Client, Service, environment, procfile_line
 
-SCHEMA = (ROOT / "sql" / "schema.sql").read_text()
+VERSION_1_0 = (Path(__file__).parent / "version_1_0.sql").read_text()
 UNAVAILABLE = {"detail": "The database is not available right now, try again soon"}
 PASSWORD = "hunter2-of-the-tests"
-RFC_3339 = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00"
 
 BLANK = "".join(character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace())
 
 BEYOND_A_LIMIT: list[tuple[str, dict[str, Any]]] = [
-    ("task_user_id", {"user_id": ""}),
-    ("task_user_id", {"user_id": "x" * 256}),
-    ("task_id", {"id": 0}),
-    ("task_id", {"id": -1}),
-    ("task_title", {"title": ""}),
-    ("task_title", {"title": BLANK}),
-    ("task_title", {"title": "x" * 201}),
-    ("task_title", {"title": " " * 200 + "x"}),
+    *(("task_user_id", {"user_id": text}) for text in ("", "x" * 256)),
+    *(("task_id", {"id": number}) for number in (0, -1)),
+    *(("task_title", {"title": text}) for text in ("", BLANK, "x" * 201, " " * 200 + "x")),
     ("task_description", {"description": "x" * 2001}),
-    *((f"task_{column}", {column: timestamp})
+    *((f"task_{column}", {column: moment})
       for column in ("created_at", "updated_at")
-      for timestamp in ("infinity", "-infinity", "10000-01-01 00:00Z", "0001-12-31 23:59:59.999999Z BC")),
+      for moment in ("infinity", "9999-12-31 23:59:59.999999Z", "10000-01-01 00:00Z",
+                     "-infinity", "0001-01-01 00:00Z", "0001-12-31 23:59:59.999999Z BC")),
 ]  # fmt: skip
 
 AT_A_LIMIT: list[dict[str, Any]] = [
-    {"user_id": "x"},
-    {"user_id": "😀" * 255},
-    {"id": 1},
-    {"id": 2**63 - 1},
-    {"title": "x"},
-    {"title": "😀" * 200},
-    {"title": BLANK + "x" + BLANK},
+    *({"user_id": text} for text in ("x", "😀" * 255)),
+    *({"id": number} for number in (1, 2**63 - 1)),
+    *({"title": text} for text in ("x", "😀" * 200, BLANK + "x" + BLANK)),
     {"title": "\u200b"},  # invisible, and no white space to str.isspace
-    {"description": ""},
-    {"description": None},
-    {"description": "😀" * 2000},
-    {"created_at": "0001-01-01 00:00Z", "updated_at": "9999-12-31 23:59:59.999999Z"},
-    {"created_at": "9999-12-31 23:59:59.999999Z", "updated_at": "0001-01-01 00:00Z"},
-]
+    *({"description": text} for text in ("", None, "😀" * 2000)),
+    *({column: moment}
+      for column in ("created_at", "updated_at")
+      for moment in ("0001-01-01 00:00:00.000001Z", "9999-12-31 23:59:59.999998Z")),
+]  # fmt: skip
 
 
 def connect(url: str) -> psycopg.Connection[tuple[Any, ...]]:
@@ -71,6 +66,27 @@ def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
+def name_of(url: str) -> str:
+    return urlsplit(url).path.removeprefix("/")
+
+
+def apply_schema(url: str, **settings: str) -> None:
+    """Apply the schema as the service does, whose connections wait 50 ms for a lock."""
+
+    async def apply() -> None:
+        server_settings = {"lock_timeout": LOCK_TIMEOUT} | settings
+        async with asyncpg.create_pool(url, min_size=0, max_size=1, server_settings=server_settings) as pool:
+            await apply_on(pool)
+
+    asyncio.run(apply())
+
+
+def make(url: str, tables: str) -> None:
+    """Make the tables, and apply the schema to them."""
+    execute(url, tables)
+    apply_schema(url)
+
+
 def insert(connection: psycopg.Connection[tuple[Any, ...]], fields: dict[str, Any]) -> None:
     """Insert a task as another program would."""
     row = {"user_id": "alice", "title": "a task"} | fields
@@ -82,31 +98,39 @@ def insert(connection: psycopg.Connection[tuple[Any, ...]], fields: dict[str, An
 
 def columns(url: str) -> dict[str, list[Any]]:
     """Return the type of each column, whether it may be null, its default, and how it is generated."""
-    rows = execute(
-        url,
-        """
-        SELECT column_name, data_type, is_nullable, column_default, identity_generation
-        FROM information_schema.columns
-        WHERE table_name = 'task'
-        """,
-    )
+    properties = "column_name, data_type, is_nullable, column_default, identity_generation"
+    rows = execute(url, f"SELECT {properties} FROM information_schema.columns WHERE table_name = 'task'")
     return {name: rest for name, *rest in rows}
 
 
 def checks(url: str) -> set[str]:
     """Return the names of the table's check constraints."""
-    return {
-        name
-        for (name,) in execute(
-            url, "SELECT conname FROM pg_constraint WHERE conrelid = 'task'::regclass AND contype = 'c'"
-        )
-    }
+    names = "SELECT conname FROM pg_constraint WHERE conrelid = 'task'::regclass AND contype = 'c'"
+    return {name for (name,) in execute(url, names)}
 
 
-def indexes(url: str) -> set[str]:
-    """Return the definitions of the table's indexes, without their names."""
-    definitions = execute(url, "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = 'task'::regclass")
+def indexes(url: str, table: str = "task") -> set[str]:
+    """Return the definitions of a table's indexes, without their names."""
+    definitions = execute(url, f"SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = '{table}'::regclass")
     return {definition.partition(" ON ")[2] for (definition,) in definitions}
+
+
+COLUMNS = {
+    "user_id": ["text", "NO", None, None],
+    "title": ["text", "NO", None, None],
+    "description": ["text", "YES", None, None],
+    "completed": ["boolean", "NO", "false", None],
+    "created_at": ["timestamp with time zone", "NO", "now()", None],
+    "updated_at": ["timestamp with time zone", "NO", "now()", None],
+    "idempotency_key": ["text", "YES", None, None],
+    "request_hash": ["text", "YES", None, None],
+}
+CHECKS = {"task_user_id", "task_id", "task_title", "task_description", "task_created_at", "task_updated_at"}
+INDEXES = {
+    "public.task USING btree (user_id, created_at DESC, id DESC)",
+    "public.task USING btree (user_id, completed, created_at DESC, id DESC)",
+    "public.task USING btree (user_id, idempotency_key) WHERE (idempotency_key IS NOT NULL)",
+}
 
 
 def fingerprint(url: str) -> list[tuple[Any, ...]]:
@@ -122,8 +146,9 @@ def fingerprint(url: str) -> list[tuple[Any, ...]]:
         SELECT 'constraint', oid, conname, pg_get_constraintdef(oid)
         FROM pg_constraint WHERE conrelid = 'task'::regclass
         UNION ALL
-        SELECT 'index', indexrelid, '', pg_get_indexdef(indexrelid)
-        FROM pg_index WHERE indrelid = 'task'::regclass
+        SELECT 'index', indexrelid, '', pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = 'task'::regclass
+        UNION ALL
+        SELECT 'trigger', oid, tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = 'task'::regclass
         UNION ALL
         SELECT 'row', 0, '', task::text FROM task
         ORDER BY 1, 2, 3, 4
@@ -156,7 +181,24 @@ MANY_ROWS = """
         AS numbered;
 """  # noqa: E501
 
-both_variants = pytest.mark.parametrize("nullable", [False, True], ids=["not null", "nullable"])
+WITHOUT_KEYS = "ALTER TABLE task DROP COLUMN idempotency_key; DROP INDEX task_pending_idx;"
+"""Makes the table of version 1.0 that which it had before it knew keys."""
+
+TABLES = {
+    "fresh": "",
+    "old": old_table(),
+    "old, nullable": old_table(nullable=True),
+    "1.0": VERSION_1_0,
+    "1.0, adopted": old_table() + VERSION_1_0,
+    "1.0, without keys": VERSION_1_0 + WITHOUT_KEYS,
+    "1.0, adopted, without keys": old_table() + VERSION_1_0 + WITHOUT_KEYS,
+}
+"""What the schema may find, as the statements by which that was made."""
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """Run a test with each of these TABLES."""
+    return pytest.mark.parametrize("tables", [TABLES[name] for name in names], ids=names)
 
 
 # --- A fresh database
@@ -166,7 +208,7 @@ both_variants = pytest.mark.parametrize("nullable", [False, True], ids=["not nul
 def fresh_url(new_database: Callable[[], str]) -> str:
     """A database with the schema and nothing else; tests leave nothing in it."""
     url = new_database()
-    execute(url, SCHEMA)
+    apply_schema(url)
     return url
 
 
@@ -178,49 +220,23 @@ def fresh(fresh_url: str) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
         connection.rollback()
 
 
-def test_a_fresh_database_gets_the_table(fresh_url: str) -> None:
-    assert columns(fresh_url) == {
-        "user_id": ["text", "NO", None, None],
-        "id": ["bigint", "NO", None, "BY DEFAULT"],
-        "title": ["text", "NO", None, None],
-        "description": ["text", "YES", None, None],
-        "completed": ["boolean", "NO", "false", None],
-        "created_at": ["timestamp with time zone", "NO", "now()", None],
-        "updated_at": ["timestamp with time zone", "NO", "now()", None],
-        "idempotency_key": ["text", "YES", None, None],
-    }
-    assert checks(fresh_url) == {
-        "task_user_id", "task_id", "task_title", "task_description", "task_created_at", "task_updated_at",
-    }  # fmt: skip
-
-
-def test_the_key_and_the_index_begin_with_the_user(fresh_url: str) -> None:
-    assert indexes(fresh_url) == {
-        "public.task USING btree (user_id, id)",
-        "public.task USING btree (user_id, created_at DESC, id DESC)",
-        "public.task USING btree (user_id, created_at DESC, id DESC) WHERE (NOT completed)",
-        "public.task USING btree (user_id, split_part(idempotency_key, ' '::text, 1))"
-        " WHERE (idempotency_key IS NOT NULL)",
-    }
+def test_a_fresh_database_gets_the_table_whose_key_and_indexes_begin_with_the_user(fresh_url: str) -> None:
+    assert columns(fresh_url) == COLUMNS | {"id": ["bigint", "NO", None, "BY DEFAULT"]}
+    assert checks(fresh_url) == CHECKS
+    assert indexes(fresh_url) == INDEXES | {"public.task USING btree (user_id, id)"}
     key = execute(fresh_url, "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'task_pkey'")
     assert key == [("PRIMARY KEY (user_id, id)",)]
 
 
 @pytest.mark.parametrize(("constraint", "fields"), BEYOND_A_LIMIT)
-def test_a_row_beyond_a_limit_is_refused_by_name(
+def test_a_row_and_a_change_beyond_a_limit_are_refused_by_name(
     fresh: psycopg.Connection[tuple[Any, ...]], constraint: str, fields: dict[str, Any]
 ) -> None:
-    with pytest.raises(psycopg.errors.CheckViolation) as refusal:
+    [(column, value)] = fields.items()
+    with pytest.raises(psycopg.errors.CheckViolation) as refusal, fresh.transaction():
         insert(fresh, fields)
     assert refusal.value.diag.constraint_name == constraint
-
-
-@pytest.mark.parametrize(("constraint", "fields"), BEYOND_A_LIMIT)
-def test_a_change_beyond_a_limit_is_refused_by_name(
-    fresh: psycopg.Connection[tuple[Any, ...]], constraint: str, fields: dict[str, Any]
-) -> None:
     insert(fresh, {})
-    [(column, value)] = fields.items()
     with pytest.raises(psycopg.errors.CheckViolation) as refusal:
         fresh.execute(sql.SQL("UPDATE task SET {} = {}").format(sql.Identifier(column), sql.Literal(value)))
     assert refusal.value.diag.constraint_name == constraint
@@ -231,14 +247,16 @@ def test_a_row_at_a_limit_is_accepted_unchanged(
     fresh: psycopg.Connection[tuple[Any, ...]], fields: dict[str, Any]
 ) -> None:
     insert(fresh, fields)
-    [(column, value), *_] = fields.items()
+    [(column, value)] = fields.items()
     if column in ("created_at", "updated_at"):
         value = fresh.execute(sql.SQL("SELECT {}::timestamptz").format(sql.Literal(value))).fetchall()[0][0]
     assert fresh.execute(sql.SQL("SELECT {} FROM task").format(sql.Identifier(column))).fetchall() == [(value,)]
 
 
 @pytest.mark.parametrize("column", ["user_id", "id", "title", "completed", "created_at", "updated_at"])
-def test_only_a_description_and_a_key_may_be_null(fresh: psycopg.Connection[tuple[Any, ...]], column: str) -> None:
+def test_only_a_description_and_what_is_kept_of_a_key_may_be_null(
+    fresh: psycopg.Connection[tuple[Any, ...]], column: str
+) -> None:
     with pytest.raises(psycopg.errors.NotNullViolation) as refusal:
         insert(fresh, {column: None})
     assert refusal.value.diag.column_name == column
@@ -256,12 +274,9 @@ def test_blank_means_what_python_means_in_all_of_unicode(fresh: psycopg.Connecti
     """The constraint itself is asked about every character that PostgreSQL can store."""
     [(definition,)] = fresh.execute("SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'task_title'")
     characters = [chr(code) for code in range(1, sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
-    refused = fresh.execute(
-        sql.SQL("SELECT title FROM unnest(%s::text[]) AS title WHERE NOT ({})").format(
-            sql.SQL(definition.removeprefix("CHECK "))
-        ),
-        [characters],
-    )
+    rule = sql.SQL(definition.removeprefix("CHECK "))
+    asked = sql.SQL("SELECT title FROM unnest(%s::text[]) AS title WHERE NOT ({})").format(rule)
+    refused = fresh.execute(asked, [characters])
     assert {title for (title,) in refused} == set(BLANK)
 
 
@@ -269,27 +284,26 @@ def test_another_writer_may_leave_the_rest_to_the_defaults(fresh: psycopg.Connec
     insert(fresh, {})
     insert(fresh, {})
     rows = fresh.execute("SELECT description, completed, created_at = now(), updated_at = now() FROM task").fetchall()
-    [first, second] = fresh.execute("SELECT id FROM task ORDER BY id").fetchall()
     assert rows == [(None, False, True, True)] * 2
-    assert 0 < first[0] < second[0]
+    [(first,), (second,)] = fresh.execute("SELECT id FROM task ORDER BY id").fetchall()
+    assert 0 < first < second
 
 
 def test_two_users_may_have_tasks_with_one_id(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
-    insert(fresh, {"user_id": "alice", "id": 7})
-    insert(fresh, {"user_id": "bob", "id": 7})
+    for user_id in ("alice", "bob"):
+        insert(fresh, {"user_id": user_id, "id": 7})
     with pytest.raises(psycopg.errors.UniqueViolation):
         insert(fresh, {"user_id": "bob", "id": 7})
 
 
 def test_a_key_is_there_once_for_each_user(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
-    """What follows the first space is no part of it. Rows without a key are as many as they like."""
-    for user_id, key in [("alice", "a 1"), ("alice", "A 1"), ("alice", "b 1"), ("bob", "a 1"), ("alice", None)]:
-        insert(fresh, {"user_id": user_id, "idempotency_key": key})
-    insert(fresh, {"idempotency_key": None})
-    for key in ("a 1", "a 2", "a"):
+    """Rows without a key are as many as they like."""
+    for user_id, key in [("bob", "a"), *(("alice", key) for key in ("a", "A", "b", None, None))]:
+        insert(fresh, {"user_id": user_id, "idempotency_key": key, "request_hash": key and "1"})
+    for request_hash in ("1", "2", None):
         with pytest.raises(psycopg.errors.UniqueViolation) as refusal, fresh.transaction():
-            insert(fresh, {"user_id": "alice", "idempotency_key": key})
-        assert refusal.value.diag.constraint_name == "task_user_id_idempotency_key_idx"
+            insert(fresh, {"user_id": "alice", "idempotency_key": "a", "request_hash": request_hash})
+        assert refusal.value.diag.constraint_name == "task_idempotency_key_idx"
 
 
 def test_the_longest_key_of_the_longest_user_id_fits_the_index(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
@@ -297,45 +311,18 @@ def test_the_longest_key_of_the_longest_user_id_fits_the_index(fresh: psycopg.Co
     choices = random.Random(1)
     user_id = "".join(chr(choices.randrange(0x10000, 0x110000)) for _ in range(255))
     key = "".join(chr(choices.randrange(0x21, 0x7F)) for _ in range(255))
-    insert(fresh, {"user_id": user_id, "idempotency_key": f"{key} {'0' * 64}"})
+    insert(fresh, {"user_id": user_id, "idempotency_key": key, "request_hash": "0" * 64})
     with pytest.raises(psycopg.errors.UniqueViolation):
-        insert(fresh, {"user_id": user_id, "idempotency_key": f"{key} {'1' * 64}"})
+        insert(fresh, {"user_id": user_id, "idempotency_key": key, "request_hash": "1" * 64})
 
 
-WITHOUT_KEYS = "ALTER TABLE task DROP COLUMN idempotency_key;"
-"""Makes the table of the version before keys of the present one."""
-
-
-@pytest.mark.parametrize("tables", ["", old_table()], ids=["fresh", "adopted"])
-def test_a_table_without_keys_gets_them_and_is_not_rewritten(database_url: str, tables: str) -> None:
-    execute(database_url, tables + SCHEMA)
-    complete = columns(database_url), indexes(database_url)
-    execute(database_url, MANY_ROWS + WITHOUT_KEYS)
-    rows = "SELECT id, user_id, title, description, completed, created_at, updated_at FROM task ORDER BY id"
-    file = "SELECT pg_relation_filenode('task')"
-    before = execute(database_url, rows), execute(database_url, file)
-    assert (columns(database_url), indexes(database_url)) != complete
-    execute(database_url, SCHEMA)
-    assert (columns(database_url), indexes(database_url)) == complete
-    assert (execute(database_url, rows), execute(database_url, file)) == before
-    assert len(before[0]) == 5000
-
-
-def test_applying_the_schema_again_changes_nothing(database_url: str) -> None:
-    execute(database_url, SCHEMA + MANY_ROWS)
-    before = fingerprint(database_url)
-    for _ in range(2):
-        execute(database_url, SCHEMA)
-        assert fingerprint(database_url) == before
-    assert len([kind for kind, *_ in before if kind == "row"]) == 5000
-
-
+@on("fresh", "1.0")
 @pytest.mark.parametrize(
     "setting", ["DateStyle = 'SQL, DMY'", "timezone = 'Pacific/Auckland'", "standard_conforming_strings = off"]
 )
-def test_the_limits_do_not_depend_on_the_settings_of_the_database(database_url: str, setting: str) -> None:
+def test_the_limits_do_not_depend_on_the_settings_of_the_database(database_url: str, tables: str, setting: str) -> None:
     execute(database_url, f"ALTER DATABASE {name_of(database_url)} SET {setting}")
-    execute(database_url, SCHEMA)
+    make(database_url, tables)
     with connect(database_url) as connection:
         connection.execute("SET DateStyle = 'ISO'; SET standard_conforming_strings = on")
         for fields in AT_A_LIMIT:
@@ -346,41 +333,102 @@ def test_the_limits_do_not_depend_on_the_settings_of_the_database(database_url: 
             assert refusal.value.diag.constraint_name == constraint
 
 
-def name_of(url: str) -> str:
-    return urlsplit(url).path.removeprefix("/")
+def test_a_database_that_is_not_in_utf8_is_refused_in_a_sentence(
+    database_url: str, start_service: Callable[..., Service]
+) -> None:
+    url = f"{database_url}_latin1"
+    encoding = "TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
+    execute(database_url, f"CREATE DATABASE {name_of(url)} {encoding}")
+    try:
+        assert_one_sentence(migrate(url), "the encoding of the database is LATIN1, and must be UTF8")
+        service = start_service(url)
+        assert "waiting for the database: Unavailable: the encoding of the database is LATIN1" in service.log
+        assert "Traceback" not in service.log
+        assert_unavailable(service)
+        assert execute(url, "SELECT to_regclass('task')") == [(None,)]
+    finally:
+        execute(database_url, f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+
+
+def assert_unavailable(service: Service) -> None:
+    with service.client("alice") as alice:
+        requests = alice.get("/health/ready"), alice.get("/api/tasks"), alice.post("/api/tasks", json={"title": "x"})
+    for response in requests:
+        assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+        assert int(response.headers["retry-after"]) > 0
+
+
+# --- Applied again
+
+
+@on(*TABLES)
+def test_migrate_applies_the_schema_and_changes_nothing_the_second_time(database_url: str, tables: str) -> None:
+    """In a database that lets nobody write, so that no process even takes the number of a transaction."""
+    execute(database_url, tables and tables + MANY_ROWS)
+    found: list[list[tuple[Any, ...]]] = []
+    for _ in range(3):
+        result = migrate(database_url)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert checks(database_url) == CHECKS
+        assert indexes(database_url) >= INDEXES
+        found.append(fingerprint(database_url))
+        if len(found) == 1:
+            execute(database_url, f"ALTER DATABASE {name_of(database_url)} SET default_transaction_read_only = on")
+    assert found[0] == found[1] == found[2]
+    assert len([kind for kind, *_ in found[0] if kind == "row"]) == (5000 if tables else 0)
+
+
+@on("fresh", "old", "1.0")
+def test_applying_the_schema_again_waits_for_nobody_who_uses_the_table(database_url: str, tables: str) -> None:
+    make(database_url, tables)
+    with psycopg.connect(database_url) as busy:
+        busy.execute("LOCK TABLE task IN ACCESS EXCLUSIVE MODE")
+        apply_schema(database_url)
+
+
+@on("fresh", "old", "1.0")
+@pytest.mark.parametrize(
+    "index", ["task_user_id_created_at_id_idx", "task_user_id_completed_created_at_id_idx", "task_idempotency_key_idx"]
+)
+def test_an_index_that_somebody_has_dropped_is_made_again(database_url: str, tables: str, index: str) -> None:
+    make(database_url, tables)
+    complete = indexes(database_url)
+    execute(database_url, f"DROP INDEX {index}")
+    assert len(indexes(database_url)) == len(complete) - 1
+    apply_schema(database_url)
+    assert indexes(database_url) == complete
 
 
 # --- Many at once
 
+[LOCK] = re.findall(r"pg_advisory_xact_lock\([0-9]+\)", BEGIN)
+
 
 async def apply_by_many(url: str, tables: str, rounds: int) -> None:
     """Apply the schema on eight connections at once, again and again; raise the first error."""
-    connections = [await asyncpg.connect(url) for _ in range(8)]
-    try:
+    settings = {"lock_timeout": LOCK_TIMEOUT}
+    async with AsyncExitStack() as stack:
+        pools = [asyncpg.create_pool(url, min_size=1, max_size=1, server_settings=settings) for _ in range(8)]
+        for pool in pools:
+            await stack.enter_async_context(pool)
         for _ in range(rounds):
-            await connections[0].execute(f"DROP TABLE IF EXISTS task; {tables}")
-            await asyncio.gather(*(connection.execute(SCHEMA) for connection in connections))
-    finally:
-        for connection in connections:
-            await connection.close()
+            await pools[0].execute(f"DROP TABLE IF EXISTS task; {tables}")
+            await asyncio.gather(*(apply_on(pool) for pool in pools))
 
 
-@pytest.mark.parametrize(
-    "tables",
-    ["", old_table(), old_table(nullable=True), SCHEMA + WITHOUT_KEYS],
-    ids=["fresh", "old", "old, nullable", "without keys"],
-)
+@on(*TABLES)
 def test_eight_connections_can_apply_the_schema_at_once(database_url: str, tables: str) -> None:
     asyncio.run(apply_by_many(database_url, tables, rounds=10))
-    assert len(checks(database_url)) == 6
+    assert checks(database_url) == CHECKS
+    assert indexes(database_url) >= INDEXES
 
 
-@pytest.mark.parametrize("tables", ["", old_table() + MANY_ROWS], ids=["fresh", "old"])
-def test_eight_processes_can_start_at_once(
+@on(*TABLES)
+def test_many_processes_can_start_at_once(
     database_url: str, start_service: Callable[..., Service], tables: str
 ) -> None:
-    execute(database_url, tables)
-    services = [start_service(database_url, wait=False) for _ in range(8 if not tables else 2)]
+    execute(database_url, tables and tables + MANY_ROWS)
+    services = [start_service(database_url, wait=False) for _ in range(2 if tables else 8)]
     for service in services:
         service.wait_until_ready(60)
     for service in services:
@@ -391,351 +439,23 @@ def test_eight_processes_can_start_at_once(
         assert len(alice.tasks()) == len(services)
 
 
-# --- The table of the old backend
-
-
-@both_variants
-def test_an_old_table_becomes_the_new_one(database_url: str, nullable: bool) -> None:
-    execute(database_url, old_table(nullable=nullable) + MANY_ROWS + SCHEMA)
-    assert columns(database_url) == {
-        "id": ["bigint", "NO", "nextval('task_id_seq'::regclass)", None],
-        "user_id": ["text", "NO", None, None],
-        "title": ["text", "NO", None, None],
-        "description": ["text", "YES", None, None],
-        "completed": ["boolean", "NO", "false", None],
-        "created_at": ["timestamp with time zone", "NO", "now()", None],
-        "updated_at": ["timestamp with time zone", "NO", "now()", None],
-        "idempotency_key": ["text", "YES", None, None],
-    }
-    assert checks(database_url) == {
-        "task_user_id", "task_id", "task_title", "task_description", "task_created_at", "task_updated_at",
-    }  # fmt: skip
-    assert indexes(database_url) == {
-        "public.task USING btree (id)",
-        "public.task USING btree (user_id)",
-        "public.task USING btree (user_id, created_at DESC, id DESC)",
-        "public.task USING btree (user_id, created_at DESC, id DESC) WHERE (NOT completed)",
-        "public.task USING btree (user_id, split_part(idempotency_key, ' '::text, 1))"
-        " WHERE (idempotency_key IS NOT NULL)",
-    }
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        "ALTER COLUMN created_at TYPE timestamptz, ALTER COLUMN updated_at TYPE timestamptz",
-        "ALTER COLUMN updated_at TYPE timestamptz",
-        "ALTER COLUMN id TYPE bigint",
-    ],
-)
-def test_an_old_table_that_somebody_has_begun_to_convert_becomes_the_new_one(database_url: str, changes: str) -> None:
-    execute(database_url, old_table() + MANY_ROWS)
-    execute(database_url, f"ALTER DATABASE {name_of(database_url)} SET timezone = 'Pacific/Auckland'")
-    execute(database_url, f"SET timezone = 'UTC'; ALTER TABLE task {changes}")
-    instants = "SELECT id, extract(epoch FROM created_at), extract(epoch FROM updated_at) FROM task ORDER BY id"
-    before = execute(database_url, instants)
-    execute(database_url, SCHEMA)
-    assert {name: kind for name, (kind, *_) in columns(database_url).items()} == {
-        "id": "bigint", "user_id": "text", "title": "text", "description": "text", "completed": "boolean",
-        "created_at": "timestamp with time zone", "updated_at": "timestamp with time zone", "idempotency_key": "text",
-    }  # fmt: skip
-    assert execute(database_url, instants) == before
-    execute(database_url, "INSERT INTO task (user_id, title) VALUES ('alice', 'new')")
-
-
-def test_an_adopted_table_takes_the_texts_that_the_contract_allows(
-    database_url: str, start_service: Callable[..., Service]
-) -> None:
-    execute(database_url, old_table().replace("2000", "100").replace("200", "100"))
-    with start_service(database_url).client("alice") as alice:
-        assert alice.create("é" * 200, description="x" * 2000) in alice.tasks()
-
-
-@both_variants
-def test_applying_the_schema_to_an_adopted_table_changes_nothing(database_url: str, nullable: bool) -> None:
-    execute(database_url, old_table(nullable=nullable) + MANY_ROWS + SCHEMA)
-    before = fingerprint(database_url)
-    execute(database_url, SCHEMA)
-    assert fingerprint(database_url) == before
-
-
-@pytest.mark.parametrize(
-    ("nullable", "timezone"),
-    [(False, "UTC"), (True, "UTC"), (False, "Pacific/Auckland"), (True, "America/St_Johns"), (False, "Asia/Kathmandu")],
-)
-def test_adoption_keeps_every_row_and_every_instant(database_url: str, nullable: bool, timezone: str) -> None:
-    """5000 rows cover every hour of the clock changes of these places in 2024."""
-    execute(database_url, f"ALTER DATABASE {name_of(database_url)} SET timezone = '{timezone}'")
-    execute(database_url, old_table(nullable=nullable) + MANY_ROWS)
-    rest = "id, user_id, title, description, completed"
-    before = execute(database_url, f"SELECT {rest}, created_at, updated_at FROM task ORDER BY id")
-    execute(database_url, SCHEMA)
-    after = execute(
-        database_url,
-        f"SELECT {rest}, created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC' FROM task ORDER BY id",
-    )
-    assert len(after) == 5000
-    assert after == before
-
-
-def test_an_adopted_task_has_its_old_times_in_the_api(database_url: str, start_service: Callable[..., Service]) -> None:
-    """02:30 of that day is no time of the clock in Auckland, whose zone the database has."""
-    execute(
-        database_url,
-        f"""
-        ALTER DATABASE {name_of(database_url)} SET timezone = 'Pacific/Auckland';
-        {old_table()}
-        INSERT INTO task (user_id, title, completed, created_at, updated_at)
-        VALUES ('alice', 'old', true, '2024-09-29 02:30:00.12', '2024-09-29 14:30:00'),
-               ('bob', 'old', true, '2024-09-29 02:30:00.12', '2024-09-29 14:30:00');
-        """,
-    )
-    service = start_service(database_url)
-    with service.client("alice") as alice, service.client("bob") as bob:
-        started = time.time()
-        new = alice.create("new")
-        [first, second] = alice.tasks()
-        [bobs] = bob.tasks()
-    assert first == new
-    assert second == {
-        "id": second["id"],
-        "user_id": "alice",
-        "title": "old",
-        "description": None,
-        "completed": True,
-        "created_at": "2024-09-29T02:30:00.120000+00:00",
-        "updated_at": "2024-09-29T14:30:00.000000+00:00",
-    }
-    assert bobs == second | {"id": bobs["id"], "user_id": "bob"}
-    [(seconds,)] = execute(
-        database_url, f"SELECT extract(epoch FROM '{new['created_at']}'::timestamptz)::float8"
-    )  # fmt: skip
-    assert abs(seconds - started) < 60
-
-
-def test_a_task_whose_times_cannot_be_written_is_not_lost(new_database: Callable[[], str]) -> None:
-    """As a table that had timestamps with a zone before it had the constraints may hold."""
-    url = new_database()
-    with running(url) as service, service.client("alice") as alice:
-        execute(url, "ALTER TABLE task DROP CONSTRAINT task_created_at, DROP CONSTRAINT task_updated_at")
-        execute(url, "INSERT INTO task VALUES ('alice', 7, 'x', NULL, false, 'infinity', '-infinity')")
-        [task] = alice.tasks()
-        assert (task["id"], task["created_at"], task["updated_at"]) == (7, "", "")
-        assert alice.get("/api/tasks/7").json() == task
-        assert alice.put("/api/tasks/7", json={"title": "y"}).json()["title"] == "y"
-
-
-# Rows that the old backend let in, each of a user of its own, beside a row of bob's that nobody touches.
-BROKEN = {
-    "an empty title": "(101, '{user}', '', 'x', false, '2024-01-01', '2024-01-01')",
-    "a blank title": "(102, '{user}', E' \\u3000 ', 'x', false, '2024-01-01', '2024-01-01')",
-    "no title": "(103, '{user}', NULL, 'x', false, '2024-01-01', '2024-01-01')",
-    "no completed": "(104, '{user}', 'x', 'x', NULL, '2024-01-01', '2024-01-01')",
-    "no created_at": "(105, '{user}', 'x', 'x', false, NULL, '2024-01-01')",
-    "no updated_at": "(106, '{user}', 'x', 'x', false, '2024-01-01', NULL)",
-    "nothing at all": "(107, '{user}', NULL, NULL, NULL, NULL, NULL)",
-    "infinite times": "(108, '{user}', 'x', 'x', false, 'infinity', 'infinity')",
-    "times before all": "(109, '{user}', 'x', 'x', false, '-infinity', '-infinity')",
-    "times in a far future": "(110, '{user}', 'x', 'x', false, '20000-01-01', '20000-01-01')",
-    "times before Christ": "(111, '{user}', 'x', 'x', false, '0044-03-15 BC', '0044-03-15 BC')",
-    "the id zero": "(0, '{user}', 'x', 'x', false, '2024-01-01', '2024-01-01')",
-    "an id below zero": "(-3, '{user}', 'x', 'x', false, '2024-01-01', '2024-01-01')",
-}
-UNOWNED = "(201, NULL, 'nobody''s', 'x', false, '2024-01-01', '2024-01-01'), (202, '', '', '', false, NULL, NULL)"
-BOBS = "(301, 'bob', 'bob''s', 'x', false, '2024-01-01', '2024-01-01')"
-
-
-@pytest.fixture(scope="module")
-def adopted(new_database: Callable[[], str]) -> Iterator[Service]:
-    """The service on an old table that holds every kind of broken row, with another table that refers to it."""
-    url = new_database()
-    broken = ", ".join(row.format(user=user) for user, row in BROKEN.items())
-    execute(
-        url,
-        f"""
-        {old_table(nullable=True)}
-        INSERT INTO task VALUES {broken}, {UNOWNED}, {BOBS};
-        SELECT setval('task_id_seq', 301);
-        CREATE TABLE comment (task_id integer NOT NULL REFERENCES task (id) ON DELETE CASCADE);
-        INSERT INTO comment SELECT id FROM task;
-        """,
-    )
-    with running(url) as service:
-        yield service
-
-
-@pytest.fixture
-def bobs_row_is_untouched(adopted: Service) -> Iterator[None]:
-    row = "SELECT task::text FROM task WHERE user_id = 'bob' AND id = 301"
-    before = execute(adopted.database_url, row)
-    yield
-    assert len(before) == 1
-    assert execute(adopted.database_url, row) == before
-
-
-@pytest.mark.usefixtures("bobs_row_is_untouched")
-@pytest.mark.parametrize("user", BROKEN)
-def test_a_row_that_breaks_the_rules_can_be_used_by_its_owner(adopted: Service, user: str) -> None:
-    with adopted.client(user) as owner:
-        [task] = owner.tasks()
-        path = f"/api/tasks/{task['id']}"
-        assert set(task) == {"id", "user_id", "title", "description", "completed", "created_at", "updated_at"}
-        assert isinstance(task["title"], str)
-        assert task["completed"] is False
-        assert_times(task)
-        assert owner.get(path).json() == task
-        assert owner.put(path, json={}).json() == task
-
-        done = owner.patch(f"{path}/complete")
-        assert done.json() == task | {"completed": True, "updated_at": done.json()["updated_at"]}
-        assert_times(done.json())
-        assert done.json()["updated_at"] > task["updated_at"]
-
-        described = owner.put(path, json={"description": "y"}).json()
-        assert described == done.json() | {"description": "y", "updated_at": described["updated_at"]}
-        assert owner.put(path, json={"title": "mended"}).json()["title"] == "mended"
-
-        assert owner.delete(path).status_code == 204
-        assert owner.tasks() == []
-
-
-def assert_times(task: dict[str, Any]) -> None:
-    assert re.fullmatch(RFC_3339, str(task["created_at"])), task["created_at"]
-    assert re.fullmatch(RFC_3339, str(task["updated_at"])), task["updated_at"]
-
-
-def test_rows_that_nobody_owns_are_kept(adopted: Service) -> None:
-    assert execute(adopted.database_url, "SELECT id FROM task WHERE user_id = '' ORDER BY id") == [(201,), (202,)]
-
-
-@pytest.mark.parametrize(("constraint", "fields"), [case for case in BEYOND_A_LIMIT if "id" not in case[1]])
-def test_a_new_row_beyond_a_limit_is_refused_among_old_ones(
-    adopted: Service, constraint: str, fields: dict[str, Any]
-) -> None:
-    with connect(adopted.database_url) as connection, pytest.raises(psycopg.DatabaseError) as refusal:
-        insert(connection, fields)
-    diagnostics = refusal.value.diag
-    if isinstance(refusal.value, psycopg.errors.StringDataRightTruncation):  # the old column type says it first
-        assert constraint in ("task_user_id", "task_title", "task_description")
-    else:
-        assert (diagnostics.sqlstate, diagnostics.constraint_name) == ("23514", constraint)
-
-
-@pytest.fixture(scope="module")
-def adopted_clean_url(new_database: Callable[[], str]) -> str:
-    """An old table, without lengths in its column types, of which no row breaks a rule. There is no row 7."""
-    url = new_database()
-    execute(url, re.sub("VARCHAR[(][0-9]+[)]", "VARCHAR", old_table()) + MANY_ROWS + "DELETE FROM task WHERE id = 7")
-    execute(url, SCHEMA)
-    return url
-
-
-@pytest.mark.parametrize(("constraint", "fields"), BEYOND_A_LIMIT)
-def test_where_no_old_row_breaks_a_rule_no_new_one_can(
-    adopted_clean_url: str, constraint: str, fields: dict[str, Any]
-) -> None:
-    """Not even with an id below those of the old rows."""
-    with psycopg.connect(adopted_clean_url) as connection:
-        with pytest.raises(psycopg.errors.CheckViolation) as refusal:
-            insert(connection, {"id": 7} | fields)
-        connection.rollback()
-    assert refusal.value.diag.constraint_name == constraint
-
-
-def test_ids_go_on_after_the_old_ones(adopted: Service) -> None:
-    with adopted.client("carol") as carol:
-        first, second = carol.create(), carol.create()
-    assert 301 < first["id"] < second["id"] < 2**31
-
-
-def test_ids_go_on_beyond_32_bits(adopted: Service) -> None:
-    execute(adopted.database_url, "SELECT setval('task_id_seq', 2147483647)")
-    with adopted.client("dave") as dave, adopted.client("bob") as bob:
-        task = dave.create()
-        assert task["id"] == 2**31
-        assert dave.get(f"/api/tasks/{task['id']}").json() == task
-        assert bob.get(f"/api/tasks/{task['id']}").status_code == 404
-        assert dave.delete(f"/api/tasks/{task['id']}").status_code == 204
-    execute(adopted.database_url, "SELECT setval('task_id_seq', 1000)")
-
-
-def test_a_foreign_key_to_a_task_survives(adopted: Service) -> None:
-    with connect(adopted.database_url) as connection:
-        with pytest.raises(psycopg.errors.ForeignKeyViolation):
-            connection.execute("INSERT INTO comment VALUES (999999)")
-        with adopted.client("erin") as erin:
-            kept, deleted = erin.create(), erin.create()
-            for task in (kept, deleted):
-                connection.execute("INSERT INTO comment VALUES (%s)", [task["id"]])
-            assert erin.delete(f"/api/tasks/{deleted['id']}").status_code == 204
-        ids = [kept["id"], deleted["id"]]
-        assert connection.execute("SELECT * FROM comment WHERE task_id = ANY(%s)", [ids]).fetchall() == [(kept["id"],)]
-
-
-def test_a_foreign_key_of_the_old_backend_refuses_without_a_500(
-    database_url: str, start_service: Callable[..., Service]
-) -> None:
-    """SQLModel backends often refer to Better Auth's table of users, and comments to tasks, without any cascade."""
-    execute(
-        database_url,
-        f"""
-        {old_table()}
-        CREATE TABLE "user" (id text PRIMARY KEY);
-        INSERT INTO "user" VALUES ('alice');
-        ALTER TABLE task ADD FOREIGN KEY (user_id) REFERENCES "user" (id);
-        CREATE TABLE comment (task_id integer REFERENCES task (id));
-        """,
-    )
-    service = start_service(database_url)
-    refused = {
-        "detail": "body is refused by the database",
-        "errors": [{"field": "body", "message": "is refused by the database"}],
-    }
-    with service.client("alice") as alice, service.client("nobody's") as unknown:
-        task = alice.create()
-        execute(database_url, f"INSERT INTO comment VALUES ({task['id']})")
-        for response in (unknown.post("/api/tasks", json={"title": "x"}), alice.delete(f"/api/tasks/{task['id']}")):
-            assert (response.status_code, response.json()) == (422, refused)
-        assert alice.tasks() == [task]
-        assert unknown.tasks() == []
-
-
-# --- Other schemas
-
-
-def schema_of_tables(url: str) -> list[tuple[Any, ...]]:
-    return execute(url, "SELECT schemaname FROM pg_tables WHERE tablename = 'task' ORDER BY 1")
-
-
-@pytest.mark.parametrize(
-    ("tables", "where"),
-    [
-        ("", "app"),
-        ("SET search_path = app;" + old_table(), "app"),
-        ("SET search_path = public;" + old_table(), "public"),
-    ],
-    ids=["fresh", "old in the first schema", "old in the second"],
-)
-def test_the_table_may_be_in_any_schema_of_the_search_path(database_url: str, tables: str, where: str) -> None:
-    execute(database_url, f"CREATE SCHEMA app; ALTER DATABASE {name_of(database_url)} SET search_path = app, public")
+@on("fresh", "old", "1.0", "1.0, without keys")
+def test_the_schema_waits_for_a_lock_longer_than_a_request_would(database_url: str, tables: str) -> None:
+    """For another process that applies it, or for somebody who reads the table that is to be adopted."""
+    long = f"clock_timestamp() - state_change > 4 * interval '{LOCK_TIMEOUT}'"
+    waiting = f"wait_event_type = 'Lock' AND datname = current_database() AND {long}"
     execute(database_url, tables)
-    for _ in range(2):
-        execute(database_url, SCHEMA)
-    assert schema_of_tables(database_url) == [(where,)]
-    assert len(checks(database_url)) == 6
-    assert f"{where}.task USING btree (user_id, created_at DESC, id DESC)" in indexes(database_url)
-
-
-def test_a_namesake_in_another_schema_is_left_alone(database_url: str) -> None:
-    """Two services may share a database, each with a schema of its own before the public one."""
-    execute(database_url, SCHEMA + MANY_ROWS)
-    before = fingerprint(database_url)
-    execute(database_url, "CREATE SCHEMA app; SET search_path = app;" + old_table())
-    execute(database_url, "SET search_path = app, public;" + SCHEMA)
-    assert fingerprint(database_url) == before
-    made = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = 'app.task'::regclass"
-    for part in ("(user_id, created_at DESC, id DESC)", "(user_id, split_part(idempotency_key"):
-        assert any(part in definition for (definition,) in execute(database_url, made))
+    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as busy:
+        busy.execute(b"SELECT FROM task" if tables else f"SELECT {LOCK}".encode())
+        applied = threads.submit(apply_schema, database_url)
+        deadline = time.monotonic() + 30
+        while not execute(database_url, f"SELECT 1 FROM pg_stat_activity WHERE {waiting}"):
+            assert not applied.done(), applied.exception()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        busy.rollback()
+        applied.result(30)
+    assert checks(database_url) == CHECKS
 
 
 # --- A role that owns nothing
@@ -751,7 +471,7 @@ def role(database_url: str) -> Iterator[str]:
 
 
 def grants(role: str, *, serial: bool = False) -> str:
-    sequence = f"GRANT USAGE ON SEQUENCE task_id_seq TO {role};" if serial else ""
+    sequence = f"GRANT USAGE ON SEQUENCE task_id_seq TO {role}" if serial else ""
     return f"GRANT SELECT, INSERT, UPDATE, DELETE ON task TO {role}; {sequence}"
 
 
@@ -760,11 +480,12 @@ def url_as(role: str, url: str) -> str:
     return parts._replace(netloc=f"{role}:{PASSWORD}@{parts.hostname}:{parts.port}").geturl()
 
 
-@pytest.mark.parametrize("tables", ["", old_table()], ids=["fresh", "adopted"])
+@on("fresh", "old", "1.0", "1.0, adopted", "1.0, without keys")
 def test_a_role_that_owns_nothing_runs_on_a_table_that_is_there(
     database_url: str, role: str, start_service: Callable[..., Service], tables: str
 ) -> None:
-    execute(database_url, tables + SCHEMA + grants(role, serial=bool(tables)))
+    make(database_url, tables)
+    execute(database_url, grants(role, serial="SERIAL" in tables))
     service = start_service(url_as(role, database_url))
     with service.client("alice") as alice, service.client("bob") as bob:
         use_one_task(alice)
@@ -789,21 +510,15 @@ def test_a_role_that_owns_nothing_waits_for_the_table(
     database_url: str, role: str, start_service: Callable[..., Service]
 ) -> None:
     service = start_service(url_as(role, database_url))
-    with service.client("alice") as alice:
-        for response in (
-            alice.get("/health/ready"),
-            alice.get("/api/tasks"),
-            alice.post("/api/tasks", json={"title": "x"}),
-        ):
-            assert (response.status_code, response.json()) == (503, UNAVAILABLE)
-            assert int(response.headers["retry-after"]) > 0
-        reasons = [line for line in service.log.splitlines() if "permission denied for schema public" in line]
-        assert len(reasons) == 1
-        assert "Traceback" not in service.log
-        assert PASSWORD not in service.log
+    assert_unavailable(service)
+    assert len([line for line in service.log.splitlines() if "permission denied for schema public" in line]) == 1
+    assert "Traceback" not in service.log
+    assert PASSWORD not in service.log
 
-        execute(database_url, SCHEMA + grants(role))
-        service.wait_until_ready()
+    apply_schema(database_url)
+    execute(database_url, grants(role))
+    service.wait_until_ready()
+    with service.client("alice") as alice:
         use_one_task(alice)
 
 
@@ -811,24 +526,9 @@ def test_a_role_that_owns_nothing_waits_for_the_table(
 
 
 def migrate(url: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["sh", "-c", f"exec env {procfile_line('release')}"],
-        cwd=ROOT,
-        env=environment(DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("tables", ["", old_table(nullable=True) + MANY_ROWS], ids=["fresh", "old"])
-def test_migrate_applies_the_schema_and_may_be_repeated(database_url: str, tables: str) -> None:
-    execute(database_url, tables)
-    for _ in range(2):
-        result = migrate(database_url)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert len(checks(database_url)) == 6
+    command = ["sh", "-c", f"exec env {procfile_line('release')}"]
+    variables = environment(DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], reason: str) -> None:
@@ -874,20 +574,18 @@ def test_migrate_says_what_stands_in_the_way_of_adoption_and_changes_nothing(dat
 # --- Indexes
 
 
-@pytest.fixture(scope="module", params=["", old_table()], ids=["fresh", "adopted"])
+@pytest.fixture(scope="module", params=["fresh", "old", "1.0"])
 def filled_url(request: pytest.FixtureRequest, new_database: Callable[[], str]) -> str:
     """A database with 100 tasks of each of 50 users."""
     url = new_database()
-    execute(url, request.param + SCHEMA + MANY_ROWS)
-    execute(url, "ANALYZE task")
+    make(url, TABLES[request.param])
+    execute(url, MANY_ROWS + "ANALYZE task")
     return url
-
-
-CLIENTS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
 
 
 def test_no_request_reads_the_whole_table(filled_url: str, start_service: Callable[..., Service]) -> None:
     """PostgreSQL counts the scans; a connection that ends hands in its counts."""
+    clients = "pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
     counts = "SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relname = 'task'"
     [(sequential, by_index)] = execute(filled_url, counts)
     service = start_service(filled_url)
@@ -896,7 +594,7 @@ def test_no_request_reads_the_whole_table(filled_url: str, start_service: Callab
             assert len(client.tasks()) == 100
             use_one_task(client)
     service.stop()
-    while execute(filled_url, CLIENTS) != [(1,)]:
+    while execute(filled_url, f"SELECT count(*) FROM {clients}") != [(1,)]:
         time.sleep(0.05)
     [(sequential_after, by_index_after)] = execute(filled_url, counts)
     assert sequential_after == sequential

@@ -488,7 +488,7 @@ def test_a_server_that_cannot_be_verified_is_not_talked_to(
     assert client_addresses(postgres, database) == set()
 
 
-@pytest.mark.long  # a start waits ten seconds for the database
+@pytest.mark.long  # a start waits three seconds for the database
 @pytest.mark.parametrize("trouble", UNVERIFIABLE)
 def test_a_server_that_cannot_be_verified_is_an_outage(
     trouble: str, tls: TlsProxy, database: str, start_service: StartService
@@ -517,7 +517,7 @@ def tls_url(tls: TlsProxy, database: str, query: str) -> str:
 # --- Poolers, and the service's own pool -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("query", ["pgbouncer=true", "statement_cache_size=0"])
+@pytest.mark.parametrize("query", ["pgbouncer=true", "statement_cache_size=0", "prepared_statement_cache_size=0"])
 def test_no_statement_is_named_when_a_pooler_could_lose_it(
     query: str, postgres: Postgres, database: str, start_service: StartService
 ) -> None:

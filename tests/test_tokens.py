@@ -235,9 +235,9 @@ def test_a_token_by_another_secret_is_refused(http: Client, key: bytes) -> None:
         '{"alg": "HS256"',
         '{"alg": "HS256",}',
         "[" * 10_000,
-        '{"a":' * 10_000,
+        '{"a":' * 8000,
     ],
-    ids=repr,
+    ids=lambda header: repr(header[:20]),
 )
 def test_a_token_whose_header_is_no_object_with_an_algorithm_is_refused(http: Client, header: str) -> None:
     assert_refused(ask(http, sign(claims(new_user()), header)))
@@ -245,7 +245,9 @@ def test_a_token_whose_header_is_no_object_with_an_algorithm_is_refused(http: Cl
 
 
 @pytest.mark.parametrize(
-    "payload", ["", "null", "[]", "7", '"alice"', "{", "{}", "[" * 10_000, '{"a":' * 10_000], ids=repr
+    "payload",
+    ["", "null", "[]", "7", '"alice"', "{", "{}", "[" * 10_000, '{"a":' * 8000],
+    ids=lambda payload: repr(payload[:20]),
 )
 def test_a_signed_payload_that_is_no_object_with_claims_is_refused(http: Client, payload: str) -> None:
     assert_refused(ask(http, sign(payload)))
@@ -590,15 +592,15 @@ def test_a_crowd_of_users_takes_nobody_s_place(start_service: Callable[..., Serv
     tokens = [sign(claims(user)) for user in users]
     assert caller(http, tokens[0]) == users[0]
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
-        for batch in (tokens[start : start + 100] for start in range(0, len(tokens), 100)):
-            head = "GET /api/nothing HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\n\r\n"
-            connection.sendall("".join(head.format(text) for text in batch).encode())
-            answers = b""
-            while answers.count(b'{"detail":') < len(batch):
+        for text in tokens:
+            head = f"GET /api/nothing HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {text}\r\n\r\n"
+            connection.sendall(head.encode())
+            answer = b""
+            while not answer.endswith(b"}"):
                 received = connection.recv(65_536)
                 assert received
-                answers += received
-            assert answers.count(b"HTTP/1.1 404 Not Found\r\n") == len(batch)
+                answer += received
+            assert answer.startswith(b"HTTP/1.1 404 Not Found\r\n")
     for index in (0, 1, -2, -1):
         assert caller(http, tokens[index]) == users[index]
         assert {task["user_id"] for task in ask(http, tokens[index]).json()["items"]} == {users[index]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import secrets
 import signal
@@ -12,13 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, LiteralString
 
+import psycopg
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from sql import load
+from sql import FIRST_PAGE, NEXT_PAGE, load
 from tests.conftest import new_user_id
 from tests.postgres import free_port
 from tests.service_process import SECRET, Service
@@ -34,9 +36,9 @@ class Collector(ThreadingHTTPServer):
         self.spans: list[Span] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def wait_for_spans(self, trace_id: str, count: int) -> list[Span]:
+    def wait_for_spans(self, trace_id: str, count: int, seconds: float = 10) -> list[Span]:
         """Return the spans of a trace, once there are so many; without those of single ASGI messages."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = [span for span in self.spans if span.trace_id.hex() == trace_id and span.kind != INTERNAL]
             if len(found) >= count:
@@ -109,6 +111,7 @@ def traceparent(trace_id: str, span_id: str) -> dict[str, str]:
     [
         ("POST", "/api/tasks", {"title": "a task"}, 201, "create_task.sql", "INSERT"),
         ("GET", "/api/tasks", None, 200, "list_tasks.sql", "SELECT"),
+        ("GET", "/api/tasks?status=pending", None, 200, "list_tasks_by_status.sql", "SELECT"),
         ("GET", "/api/tasks/{task_id}", None, 200, "get_task.sql", "SELECT"),
         ("PUT", "/api/tasks/{task_id}", {"title": "another"}, 200, "update_task.sql", "UPDATE"),
         ("PATCH", "/api/tasks/{task_id}/complete", None, 200, "complete_task.sql", "UPDATE"),
@@ -124,13 +127,76 @@ def test_a_request_and_its_statement_are_in_the_trace_of_the_client(
         response = client.request(method, url, json=body, headers=traceparent(trace_id, span_id))
     assert response.status_code == status
     request, sent = sorted(collector.wait_for_spans(trace_id, 2), key=lambda span: span.kind)
-    assert (request.kind, request.name, request.parent_span_id.hex()) == (SERVER, f"{method} {path}", span_id)
+    route = path.partition("?")[0]
+    assert (request.kind, request.name, request.parent_span_id.hex()) == (SERVER, f"{method} {route}", span_id)
     found = attributes(request)
-    assert (found["http.method"], found["http.target"], found["http.status_code"]) == (method, url, status)
+    assert (found["http.method"], found["http.target"], found["http.status_code"]) == (
+        method,
+        url.partition("?")[0],
+        status,
+    )
     assert (sent.kind, sent.name, sent.parent_span_id) == (CLIENT, verb, request.span_id)
     assert attributes(sent) == {"db.system": "postgresql", "db.statement": load(statement)}
     assert request.start_time_unix_nano < sent.start_time_unix_nano < sent.end_time_unix_nano
     assert sent.end_time_unix_nano < request.end_time_unix_nano
+
+
+def test_a_creation_whose_key_is_taken_has_a_span_of_each_statement(traced: Service, collector: Collector) -> None:
+    trace_id = secrets.token_hex(16)
+    with traced.client(new_user_id(), headers={"Idempotency-Key": "a-key"}) as client:
+        task = client.create()
+        headers = traceparent(trace_id, secrets.token_hex(8))
+        assert client.post("/api/tasks", json={"title": "a task"}, headers=headers).json() == task
+    request, *sent = sorted(collector.wait_for_spans(trace_id, 3), key=lambda span: span.start_time_unix_nano)
+    assert [(span.name, span.parent_span_id) for span in sent] == [
+        ("INSERT", request.span_id),
+        ("SELECT", request.span_id),
+    ]
+    assert [attributes(span)["db.statement"] for span in sent] == [load("create_task.sql"), load("get_task_by_key.sql")]
+
+
+def test_each_page_of_a_long_list_has_a_span(traced: Service, collector: Collector) -> None:
+    trace_id = secrets.token_hex(16)
+    with traced.client(new_user_id()) as client:
+        fill = "INSERT INTO task (user_id, title) SELECT %s, 'a task' FROM generate_series(1, 1200)"
+        traced.sql(fill, client.user_id)
+        response = client.get("/api/tasks", headers=traceparent(trace_id, secrets.token_hex(8)))
+        assert len(response.json()["items"]) == 1200
+    pages = 1 + math.ceil((1201 - FIRST_PAGE) / NEXT_PAGE)  # until one is not full
+    spans = collector.wait_for_spans(trace_id, 1 + pages)
+    assert sorted(span.name for span in spans) == ["GET /api/tasks", *["SELECT"] * pages]
+
+
+def test_a_change_that_waits_for_a_lock_has_one_span(traced: Service, collector: Collector) -> None:
+    """Its first try, with others, and the further ones, alone, are one call. Somebody else commits meanwhile."""
+    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+    with (
+        traced.client(new_user_id()) as client,
+        psycopg.connect(traced.database_url) as locker,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        path = f"/api/tasks/{client.create()['id']}"
+        locker.execute("UPDATE task SET title = 'locked' WHERE user_id = %s", (client.user_id,))
+        answer = threads.submit(client.put, path, json={"title": "x"}, headers=traceparent(trace_id, span_id))
+        waits: LiteralString = """
+            SELECT pid, query_start FROM pg_stat_activity
+            WHERE wait_event_type = 'Lock' AND query LIKE '%%UPDATE task%%'
+        """
+        tries: set[tuple[Any, ...]] = set()
+        deadline = time.monotonic() + 7
+        while len(tries) < 3 and time.monotonic() < deadline:
+            tries.update(traced.sql(waits))
+        assert len(tries) >= 3
+        assert not answer.done()
+        released = time.time_ns()
+        locker.commit()
+        assert answer.result().status_code == 200
+    request, sent = sorted(collector.wait_for_spans(trace_id, 2), key=lambda span: span.kind)
+    assert (request.kind, sent.kind, sent.name) == (SERVER, CLIENT, "UPDATE")
+    assert sent.status.code == Status.STATUS_CODE_UNSET
+    assert sent.start_time_unix_nano < released < sent.end_time_unix_nano
+    with pytest.raises(AssertionError):
+        collector.wait_for_spans(trace_id, 3, seconds=0.5)
 
 
 def test_reads_that_share_a_message_have_a_span_each(

@@ -4,10 +4,11 @@
     uv run --group bench tests/bench/load.py --workers 2 --other 'mine=/path/to/run.sh'
 
 Each contestant in turn serves 200,000 tasks of 10,000 users from the same PostgreSQL, with 16 connections to it, while
-wrk (of Debian) asks on 64 connections with the tokens of 1,000 of the users. This service runs by the line of its
-Procfile, with everything on. Beside it: two floors (see floors.py), which serve one task only; the classic FastAPI and
-SQLModel (see fastapi_sqlmodel.py), if the group `bench` is installed; and what --other names with the command that
-starts it, which finds DATABASE_URL, BETTER_AUTH_SECRET, PORT, WORKERS and POOL set.
+wrk (of Debian) asks on 16 and on 64 connections with the tokens of 1,000 of the users. This service runs by the line of
+its Procfile, with everything on. Beside it: two floors (see floors.py), which serve one task only; the classic FastAPI
+and SQLModel (see fastapi_sqlmodel.py), if the group `bench` is installed; and what --other names with the command that
+starts it, which finds DATABASE_URL, BETTER_AUTH_SECRET, PORT, WORKERS and POOL set. --schema gives one of those a
+database of its own with another table, as an earlier version of this service needs.
 
 Mind which Python it runs with, and prints: one that pyenv has compiled without --enable-optimizations takes some 10 %
 more CPU for this service than Debian's.
@@ -34,6 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import httpx
 import psutil
@@ -67,6 +69,20 @@ class Figures(NamedTuple):
     cpu: float
     postgres_cpu: float
     memory: float
+
+
+def fill_databases(postgres: Postgres, schemas: dict[str, str]) -> dict[str, int]:
+    """Fill a database for each schema, by its name; return the id of each user's first task, the same in all."""
+    ids: dict[str, int] = {}
+    for name, schema in schemas.items():
+        with psycopg.connect(postgres.url(), autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        with psycopg.connect(postgres.url(quote(name)), autocommit=True) as connection:
+            connection.execute(schema.encode())
+            connection.execute(FILL.encode())
+            connection.execute("VACUUM ANALYZE task")
+            ids = dict(connection.execute("SELECT user_id, min(id) FROM task GROUP BY user_id").fetchall())
+    return ids
 
 
 def write_script(folder: Path, line: str, first_ids: dict[str, int]) -> Path:
@@ -130,9 +146,11 @@ def cpu_seconds(process: psutil.Process) -> float:
     return total
 
 
-def measure(url: str, script: Path, server: psutil.Process, postgres: psutil.Process, seconds: int) -> Figures:
+def measure(
+    url: str, script: Path, server: psutil.Process, postgres: psutil.Process, seconds: int, clients: int = 64
+) -> Figures:
     def wrk(seconds: int) -> str:
-        command = ["wrk", "-t1", "-c64", f"-d{seconds}", "--timeout=60", "--latency", "-s", str(script), url]
+        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--timeout=60", "--latency", "-s", str(script), url]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def settle() -> None:
@@ -207,48 +225,57 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4, help="of each measurement")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--clients", type=int, nargs="+", default=[16, 64], help="connections of wrk")
+    parser.add_argument(
+        "--schema", action="append", default=[], metavar="NAME=FILE", help="the table of another server"
+    )
     parser.add_argument("--lines", nargs="+", choices=LINES, default=LINES, help="what to measure")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="write the requests per second as a picture in SVG")
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
         sys.exit("wrk is not installed: apt-get install wrk")
     commands = contestants(arguments.other)
-    rounds: dict[tuple[str, str], list[Figures]] = defaultdict(list)
+    schemas = {SERVICE: sql.SCHEMA} | {
+        name: Path(file).read_text() for name, _, file in (each.partition("=") for each in arguments.schema)
+    }
+    rounds: dict[tuple[int, str, str], list[Figures]] = defaultdict(list)
     postgres = Postgres(shared_buffers="512MB")
     folder = Path(tempfile.mkdtemp(prefix="tasks-bench-"))
     try:
-        with psycopg.connect(postgres.url(), autocommit=True) as connection:
-            connection.execute(sql.SCHEMA.encode())
-            connection.execute(FILL.encode())
-            connection.execute("VACUUM ANALYZE task")
-            ids = connection.execute("SELECT user_id, min(id) FROM task GROUP BY user_id").fetchall()
-            first_ids: dict[str, int] = dict(ids)
+        first_ids = fill_databases(postgres, schemas)
         scripts = {line: write_script(folder, line, first_ids) for line in LINES}
         assert postgres.process
         server_of_tasks = psutil.Process(postgres.process.pid)
         for number in range(arguments.rounds):
             for name, command in commands.items():
                 print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr)
-                with serving(command, postgres.url(), arguments.workers) as (url, server):
-                    for line in arguments.lines if not name.startswith(FLOOR) else ["one task"]:
-                        figures = measure(url, scripts[line], server, server_of_tasks, arguments.seconds)
-                        rounds[line, name].append(figures)
+                database = postgres.url(quote(name if name in schemas else SERVICE))
+                with serving(command, database, arguments.workers) as (url, server):
+                    for clients in arguments.clients:
+                        for line in arguments.lines if not name.startswith(FLOOR) else ["one task"]:
+                            script = scripts[line]
+                            figures = measure(url, script, server, server_of_tasks, arguments.seconds, clients)
+                            rounds[clients, line, name].append(figures)
     finally:
         postgres.remove()
         shutil.rmtree(folder)
 
     found = {
         key: Figures(*(statistics.median(values) for values in zip(*rounds[key], strict=True)))
-        for key in sorted(rounds, key=lambda key: LINES.index(key[0]))
+        for key in sorted(rounds, key=lambda key: (key[0], LINES.index(key[1])))
     }
     python = f"Python {platform.python_version()} ({sys.base_prefix})"
     print(f"{os.cpu_count()} CPUs, {python}, {arguments.workers} worker(s), medians of {arguments.rounds} rounds\n")
-    print("| | | requests/s | p50, ms | p99, ms | CPU, µs | PostgreSQL, µs | MB |\n|---|---|---|---|---|---|---|---|")
-    for (line, name), figures in found.items():
-        print(f"| {line} | {name} | {figures.requests:,.0f} | {figures.p50:.1f} | {figures.p99:.1f} | {figures.cpu:.0f}"
-              f" | {figures.postgres_cpu:.0f} | {figures.memory:.0f} |")  # fmt: skip
+    print("| clients | | | requests/s | p50, ms | p99, ms | CPU, µs | PostgreSQL, µs | both, µs | MB |")
+    print("|---" * 10 + "|")
+    for (clients, line, name), each in found.items():
+        cells = [f"{each.requests:,.0f}", f"{each.p50:.1f}", f"{each.p99:.1f}", f"{each.cpu:.0f}"]
+        cells += [f"{each.postgres_cpu:.0f}", f"{each.cpu + each.postgres_cpu:.0f}", f"{each.memory:.0f}"]
+        print("|", " | ".join([str(clients), line, name, *cells]), "|")
     if arguments.chart:
-        arguments.chart.write_text(chart(found))
+        most = max(arguments.clients)
+        of_most = {(line, name): each for (clients, line, name), each in found.items() if clients == most}
+        arguments.chart.write_text(chart(of_most))
 
 
 if __name__ == "__main__":

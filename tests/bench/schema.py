@@ -1,7 +1,7 @@
 """How long a start holds up the writers of a large table: `uv run tests/bench/schema.py`.
 
-A million tasks, and one client that writes all the time while `sql/schema.sql` is applied: to a table that lacks the
-idempotency key, to the table of the FastAPI + SQLModel backend, and where nothing is left to do.
+A million tasks, and one client that writes all the time while the schema is applied as at a start: to a table of
+version 1.0, to that of the FastAPI + SQLModel backend, and where nothing is left to do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import asyncpg
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sql
+from service import Connection, apply_schema, connect
 from tests.postgres import Postgres
+from tests.service_process import ROOT
 
 ROWS = 1_000_000
 FILL = f"""
@@ -26,7 +28,7 @@ FILL = f"""
 WRITE = "UPDATE task SET completed = NOT completed WHERE user_id = 'user-1' AND id = 1"
 
 BEFORE = {
-    "lacks the idempotency key": [sql.SCHEMA, FILL, "ALTER TABLE task DROP COLUMN idempotency_key"],
+    "is that of version 1.0": [(ROOT / "tests" / "version_1_0.sql").read_text(), FILL],
     "has everything": [sql.SCHEMA, FILL],
     "is the FastAPI + SQLModel backend's": [
         """
@@ -63,8 +65,8 @@ async def measure(url: str, statements: list[str]) -> tuple[float, float]:
     writing = asyncio.create_task(longest_wait(writer, done))
     await asyncio.sleep(0.5)
     started = time.perf_counter()
-    async with connection.transaction():
-        await connection.execute(sql.SCHEMA)
+    async with asyncpg.create_pool(url, connect=connect, connection_class=Connection, min_size=0) as pool:
+        await apply_schema(pool)
     took = time.perf_counter() - started
     done.set()
     waited = await writing

@@ -44,6 +44,8 @@ const set = await client.PATCH(completion, { params: { path: task }, body: { com
 assert.equal(set.data?.completed, false)
 const toggledAgain = await client.PATCH(completion, { params: { path: task }, body: {} })
 assert.equal(toggledAgain.data?.completed, true)
+const toggledByNull = await client.PATCH(completion, { params: { path: task }, body: null })
+assert.equal(toggledByNull.data?.completed, false)
 
 // Conditions.
 const etag = got.response.headers.get('ETag')
