@@ -63,7 +63,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from sql import ADOPT, NAMES, SCHEMA, Queries, Refused, Unavailable, reason
+from sql import ADOPT, NAMES, SCHEMA, TIMEOUT, Queries, Refused, Unavailable, reason
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -240,7 +240,7 @@ ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t
 
 
 async def read_body(request: Request) -> bytearray:
-    """Return the bytes of the body; raise 413 for too many, and 415 if they are not meant as JSON.
+    """Return the bytes of the body; raise 413 for too many, 415 if not meant as JSON, 400 for an upgrade or a cut body.
 
     HttpProtocol calls the application when the whole body is there, or more of it than BODY_LIMIT.
     """
@@ -427,6 +427,7 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # a list beyond is streamed
 STREAMED_TASKS = 50  # of which the JSON is made at once
+Texts = Mapping[str, str] | None
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
 
 DETAILS = {  # what an error says unless there is more to say
@@ -445,11 +446,9 @@ DETAILS = {  # what an error says unless there is more to say
 class ApiError(HTTPException):
     """An answer that is not a success. `detail` is one sentence for a person; `errors` say what is wrong by field."""
 
-    def __init__(
-        self, status: int, detail: str = "", *, headers: Mapping[str, str] | None = None, errors: Mapping[str, str] = {}
-    ) -> None:
+    def __init__(self, status: int, detail: str = "", *, headers: Texts = None, errors: Texts = None) -> None:
         super().__init__(status, detail or DETAILS[status], headers)
-        self.errors = errors
+        self.errors = errors or {}
 
 
 def invalid(errors: Mapping[str, str]) -> ApiError:
@@ -486,21 +485,18 @@ async def changed(request: Request, task: Record | None) -> Record:
     return task
 
 
-def to_json(tasks: Sequence[Record]) -> bytes:
+def to_json(tasks: Sequence[Record]) -> memoryview:
     """Return the JSON of tasks, with commas between them; orjson writes times as `isoformat` does."""
-    return orjson.dumps([dict(zip(NAMES, task, strict=False)) for task in tasks])[1:-1]
+    return memoryview(orjson.dumps([dict(zip(NAMES, task, strict=False)) for task in tasks]))[1:-1]
 
 
-def task_response(
-    request: Request, task: Record, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
+def task_response(request: Request, task: Record, status: int = 200, headers: Texts = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
-    return json_response(request, to_json([task]), f'"{task["updated_at"].isoformat()}"', status, headers)
+    text = orjson.dumps(dict(zip(NAMES, task, strict=False)))
+    return json_response(request, text, f'"{task["updated_at"].isoformat()}"', status, headers)
 
 
-def json_response(
-    request: Request, text: bytes, etag: str, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
+def json_response(request: Request, text: bytes, etag: str, status: int = 200, headers: Texts = None) -> Response:
     """Return the answer that carries a JSON text, or a 304 without it to a client that has it already."""
     headers = {"ETag": etag, **(headers or {})}
     if request.method in ("GET", "HEAD") and not_modified(request, etag):
@@ -510,16 +506,16 @@ def json_response(
 
 async def list_response(request: Request, pages: AsyncIterator[list[Record]]) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
-    texts: list[bytes] = []
-    count, size = 0, len('{"items":[]}') - 1  # as there is one comma less than texts
+    texts: list[bytes | memoryview] = [b'{"items":[']
+    count, size = 0, len('{"items":[]}')
     async for page in pages:
         if page:
-            texts.append(to_json(page))
-            count, size = count + len(page), size + len(texts[-1]) + 1
+            texts += [b","] * bool(count) + [to_json(page)]
+            count, size = count + len(page), size + bool(count) + len(texts[-1])
         if count > WHOLE_LIST_TASKS or size > WHOLE_LIST_BYTES:
             break
     else:
-        text = b'{"items":[%b]}' % b",".join(texts)
+        text = b"".join([*texts, b"]}"])
         # The ETag is of the content, so it is right whatever has happened to the list.
         return json_response(request, text, f'W/"{hashlib.sha256(text).hexdigest()[:32]}"')
     if not_modified(request, ""):
@@ -531,9 +527,11 @@ async def list_response(request: Request, pages: AsyncIterator[list[Record]]) ->
     return StreamingResponse(stream(request, texts, pages), media_type="application/json")
 
 
-async def stream(request: Request, texts: list[bytes], pages: AsyncIterator[list[Record]]) -> AsyncIterator[bytes]:
+async def stream(
+    request: Request, texts: list[bytes | memoryview], pages: AsyncIterator[list[Record]]
+) -> AsyncIterator[bytes]:
     """Yield the JSON of a long list. What fails ends the connection, so that the client does not take it for whole."""
-    yield b'{"items":[' + b",".join(texts)
+    yield b"".join(texts)
     texts.clear()
     try:
         async for page in pages:
@@ -1144,7 +1142,7 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
         raise SettingError("The connect_timeout in DATABASE_URL must be a whole number from 1 to 999.")
     kept = urlencode({key: value for key, value in query.items() if key in ASYNCPG_KEYS})
     parts = urlsplit(url)._replace(scheme="postgresql", query=kept)
-    arguments: dict[str, Any] = {"dsn": parts.geturl(), "timeout": int(timeout)}
+    arguments: dict[str, Any] = {"dsn": parts.geturl(), "timeout": int(timeout), "command_timeout": TIMEOUT}
     # A pooler that gives every transaction another server connection cannot keep prepared statements.
     if any(sign in url for sign in POOLED):
         arguments["statement_cache_size"] = 0
@@ -1158,6 +1156,7 @@ SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 EXPECTED = {*NAMES, "idempotency_key", "request_hash", *re.findall(r"INDEX IF NOT EXISTS (\w+)", SCHEMA)}
 BEGIN = """
     SET LOCAL lock_timeout = 0;
+    SET LOCAL statement_timeout = 0;
     SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
     -- Have IF NOT EXISTS look where the table is, which may be in a later schema of the search path.
     SELECT set_config('search_path', relnamespace::regnamespace::text, true)
@@ -1322,7 +1321,7 @@ def create_app(settings: Settings) -> ASGIApp:
 # --- The server: limits of connections, the command line, the embedded database --------------------------------------
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
-HEAD_LIMIT = 65_536  # bytes that may come of a request without a head, a chunk of the body or the end complete
+HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of the body or the trailers are complete
 REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or of a connection, to the end of the request
 UNREAD_TIMEOUT = 300.0  # seconds for which a client may read nothing of an answer
 TICK = 1.0  # seconds between two looks at whether a connection is overdue
@@ -1342,8 +1341,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.is_closing = transport.is_closing  # with write and close, what the cycle needs of its transport
-        self.arriving = False  # whether a request has begun and is not complete
-        self.called = False  # whether the application has been called for it
+        self.arriving = self.called = False  # a request has begun and is not complete; the app was called for it
         self.size = 0  # bytes since it began, or since the last of its body
         self.written: list[bytes] = []  # but not sent yet
         self.due = self.loop.time() + REQUEST_TIMEOUT  # when what the client is to send must be complete
@@ -1413,10 +1411,12 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self.arriving = False
-        # An answer that did not wait for the body may be complete.
-        self.due = self.loop.time() + self.timeout_keep_alive if self.cycle.response_complete else math.inf
+        answered = self.cycle.response_complete  # by an answer that did not wait for the body
+        self.due = self.loop.time() + self.timeout_keep_alive if answered else math.inf
         if not self.parser.should_keep_alive():  # as a trailer may say too
             self.cycle.keep_alive = False
+            if answered:
+                self.close()
         self.call_app()
 
     def on_response_complete(self) -> None:
@@ -1431,6 +1431,8 @@ class HttpProtocol(HttpToolsProtocol):
         if not self.written:
             self.loop.call_soon(self.flush)
         self.written.append(data)
+        if len(data) > 65_536:  # so that flow control sees it before the next
+            self.flush()
 
     def flush(self) -> None:
         written, self.written = self.written, []

@@ -1,4 +1,4 @@
-"""The query module: every statement about tasks is a `.sql` file, whose `$1` is the caller.
+"""The query module: every statement about tasks is a file of its own, whose `$1` is the caller.
 
 Importing it raises ValueError for a file that is not bound to `$1`, and no row of anybody else is ever returned. Two
 exceptions say that a statement could not be carried out, `Unavailable` and `Refused`; any other one is a bug.
@@ -27,8 +27,8 @@ RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH = 32  # calls
 MAX_DELAY = 0.01  # seconds that calls wait for a batch of their statement that is in flight
-FIRST_PAGE, NEXT_PAGE = 100, 250  # tasks of a list; the first page is in a batch with other calls, which wait for it
-BEFORE_ALL = (datetime.max.replace(tzinfo=UTC), 2**63 - 1)  # the first page comes after it: asyncpg sends infinity
+FIRST_PAGE, NEXT_PAGE = 100, 250  # tasks of a list; the first page shares a batch, so it is small
+BEFORE_ALL = (datetime.max.replace(tzinfo=UTC), 2**63 - 1)  # asyncpg sends this time as infinity
 
 # A statement has one of these forms. WHERE begins with the caller and has no OR, so nothing can widen it; one table is
 # named once, so nothing else is read.
@@ -109,7 +109,7 @@ class Queries:
         self.schema_applied = False  # until it is, all methods raise Unavailable
         self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
         self.in_flight: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
-        self.alone = asyncio.Semaphore(max(1, pool.get_max_size() // 2))  # the other half is always for batches
+        self.alone = asyncio.Semaphore(max(1, pool.get_max_size() // 2))  # the rest, if any, is always for batches
         self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
@@ -153,14 +153,14 @@ class Queries:
         return next(iter(await self._send(statement, user_id, *parameters)), None)
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
-        """Return the rows of a statement for its caller. It goes in a batch with others, unless it is to go alone."""
+        """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         loop = asyncio.get_running_loop()
         call = Call(user_id, parameters, loop.create_future(), loop.time() + TIMEOUT)
         try:
             with self.span(statement):
                 if statement not in CHANGES:
                     return await self._send_until_done(statement, call, alone)
-                # Changes of one task go one at a time, or they would wait in the database, with a connection each.
+                # A process sends changes of one task one at a time, or each would hold a connection while it waits.
                 used = self.task_locks.get((user_id, parameters[0]))
                 lock = used or self.task_locks.setdefault((user_id, parameters[0]), asyncio.Lock())
                 async with asyncio.timeout_at(call.deadline) if used else nullcontext(), lock:
@@ -169,9 +169,9 @@ class Queries:
             raise classified(error) from None
 
     async def _send_until_done(self, statement: str, call: Call, alone: bool) -> list[Record]:
-        # What was not done goes again, alone: what was in a batch that the database refused, what may succeed later,
-        # and once a read whose connection was lost.
-        loop, lost, pause = asyncio.get_running_loop(), statement not in READS, 0.0
+        # Sent again, alone: a call of a batch that the database refused, one that met a lock, and once a read whose
+        # connection was lost.
+        loop, retried, pause = asyncio.get_running_loop(), statement not in READS, 0.0
         while True:
             try:
                 if not alone:
@@ -185,9 +185,9 @@ class Queries:
                         await self._send_batch(statement, [call])
                 return call.rows.result()
             except ConnectionError:
-                if lost:
+                if retried:
                     raise
-                lost = True
+                retried = True
             except PostgresError as error:
                 lost_race = getattr(error, "constraint_name", None) == OLD_KEY_INDEX
                 if alone and not lost_race and not re.fullmatch(NOT_YET, error.sqlstate or ""):
@@ -196,7 +196,7 @@ class Queries:
             alone, call = True, call._replace(rows=loop.create_future())
 
     def _send_waiting(self, statement: str) -> None:
-        """Send the calls that wait, in batches, unless one is in flight that was sent less than MAX_DELAY ago."""
+        """Send the next batch of the calls that wait, unless one was sent less than MAX_DELAY ago and is in flight."""
         waiting, in_flight = self.waiting[statement], self.in_flight[statement]
 
         def land(batch: asyncio.Task[None]) -> None:
@@ -204,7 +204,7 @@ class Queries:
             self._send_waiting(statement)
 
         waiting[:] = [call for call in waiting if not call.rows.done()]  # the others were cancelled
-        while waiting and not in_flight:
+        if waiting and not in_flight:
             batch = asyncio.create_task(self._send_batch(statement, waiting[:MAX_BATCH]))
             del waiting[:MAX_BATCH]
             in_flight.add(batch)
@@ -213,7 +213,7 @@ class Queries:
 
     async def _send_batch(self, statement: str, calls: list[Call]) -> None:
         """Send a statement for the calls, in one message and one transaction; give each its rows or the error."""
-        deadline = calls[0].deadline
+        deadline = max(call.deadline for call in calls)  # who has less time left has a limit of its own
         if statement not in READS:  # in one order, or two batches could wait for each other's locks
             calls.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
         answers: list[list[Record]] = [[] for _ in calls]
@@ -233,7 +233,7 @@ class Queries:
                     call.rows.set_exception(error)
 
     async def _fetch(self, statement: str, parameters: list[tuple[object, ...]]) -> list[Record]:
-        """Return the rows; raise Unavailable for want of a connection, ConnectionError for a lost one, asyncpg's."""
+        """Return the rows; raise Unavailable for want of a connection, ConnectionError for a lost one, or asyncpg's."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
         try:

@@ -108,7 +108,7 @@ BEGIN
         DROP TRIGGER IF EXISTS task_split_key ON task;
         CREATE TRIGGER task_split_key BEFORE INSERT OR UPDATE OF idempotency_key ON task
             FOR EACH ROW WHEN (NEW.idempotency_key LIKE '% %') EXECUTE FUNCTION task_split_key();
-        DROP INDEX IF EXISTS task_pending_idx;
+        DROP INDEX IF EXISTS task_pending_idx;  -- which version 1.0 can do without
     END IF;
 END
 $$;

@@ -29,7 +29,7 @@ STATUSES = {
     "POST /api/tasks": {201} | ANY_TASK_ENDPOINT | WITH_BODY,
     "GET /api/tasks/{task_id}": {200, 304, 404} | ANY_TASK_ENDPOINT,
     "PUT /api/tasks/{task_id}": {200, 404, 412} | ANY_TASK_ENDPOINT | WITH_BODY,
-    "DELETE /api/tasks/{task_id}": {204, 404, 412} | ANY_TASK_ENDPOINT,
+    "DELETE /api/tasks/{task_id}": {204, 404, 412} | {413, 415} | ANY_TASK_ENDPOINT,
     "PATCH /api/tasks/{task_id}/complete": {200, 404, 412} | ANY_TASK_ENDPOINT | WITH_BODY,
     "GET /": {200},
     "GET /health": {200},
