@@ -161,10 +161,10 @@ class Queries:
                 if statement not in CHANGES:
                     return await self._send_until_done(statement, call, alone)
                 # A process sends changes of one task one at a time, or each would hold a connection while it waits.
-                used = self.task_locks.get((user_id, parameters[0]))
-                lock = used or self.task_locks.setdefault((user_id, parameters[0]), asyncio.Lock())
-                async with asyncio.timeout_at(call.deadline) if used else nullcontext(), lock:
-                    return await self._send_until_done(statement, call, alone)
+                lock = self.task_locks.setdefault((user_id, parameters[0]), asyncio.Lock())
+                busy = lock.locked()  # who has to wait goes alone then, because its time may be nearly over
+                async with asyncio.timeout_at(call.deadline) if busy else nullcontext(), lock:
+                    return await self._send_until_done(statement, call, busy)
         except Exception as error:
             raise classified(error) from None
 
@@ -213,7 +213,7 @@ class Queries:
 
     async def _send_batch(self, statement: str, calls: list[Call]) -> None:
         """Send a statement for the calls, in one message and one transaction; give each its rows or the error."""
-        deadline = max(call.deadline for call in calls)  # who has less time left has a limit of its own
+        deadline = calls[0].deadline  # the others came at most MAX_DELAY later
         if statement not in READS:  # in one order, or two batches could wait for each other's locks
             calls.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
         answers: list[list[Record]] = [[] for _ in calls]
