@@ -552,7 +552,7 @@ class Answers:
     def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
         self.app = app
         self.with_cors = with_cors
-        self.lines: list[str] = []
+        self.lines = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -589,7 +589,7 @@ class Answers:
             bug = error
         ms = (time.perf_counter() - started) * 1000
         status = scope.get("status", 0)
-        line = f"method={scope['method']} path={logfmt(path[:1000])} status={status} ms={ms:.1f} id={request_id}"
+        line = f"method={scope['method']} path={logfmt(path[:200])} status={status} ms={ms:.1f} id={request_id}"
         for name in ("user", "error"):
             if name in scope:
                 line += f" {name}={logfmt(scope[name])}"
@@ -599,16 +599,18 @@ class Answers:
             self.log(line)
 
     def log(self, line: str) -> None:
-        """Write a line together with the others of this turn of the event loop."""
-        self.lines.append(line)
-        if len(self.lines) == 1:
+        """Write a line together with others of this turn of the event loop, as many as a pipe takes in one piece."""
+        if not self.lines:
             asyncio.get_running_loop().call_soon(self.write_lines)
+        elif len(self.lines) + len(line) >= 4096:  # bytes
+            self.write_lines()
+        self.lines += f"{line}\n"
 
     def write_lines(self) -> None:
-        lines, self.lines = self.lines, []
         with contextlib.suppress(OSError):  # a full disk or a closed pipe stops nobody
-            sys.stdout.write("\n".join([*lines, ""]))
+            sys.stdout.write(self.lines)
             sys.stdout.flush()
+        self.lines = ""
 
 
 log = logging.getLogger("service")
@@ -1222,14 +1224,13 @@ class Connection(asyncpg.Connection):
 
 
 async def connect(*arguments: Any, **options: Any) -> Connection:
-    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users.
-
-    Both are startup parameters, as what is SET in a session leaks to others through a pooler.
-    """
+    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users."""
+    # These are startup parameters, as what is SET in a session leaks to others through a pooler.
     settings = {"lock_timeout": LOCK_TIMEOUT, "plan_cache_mode": "force_generic_plan"}
     try:
         connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
     except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):  # PgBouncer; PostgreSQL 11
+        options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
         connection = await asyncpg.connect(*arguments, **options)
     connection.sets_lock_timeout = await connection.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
     return connection

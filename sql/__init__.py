@@ -71,7 +71,7 @@ class Refused(Exception):
 
 # SQLSTATEs (PostgreSQL, Appendix A). 42P01 and 42501: the table or its grants are being restored.
 TRANSIENT, INVALID = "(08|25|28|3D|40|53|55|57|58)...|42P01|42501|26000|42P05", "(22|23)...|P0001"
-NOT_YET = "55P03|40..."  # a lock, a deadlock or a serialization failure: nothing was done, and may be later
+NOT_YET = "55P03|40001|40P01"  # a lock, a deadlock or a serialization failure: nothing was done, and may be later
 OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; a lost race for a key may be its 23505
 
 
