@@ -591,14 +591,22 @@ def test_the_pool_opens_no_more_connections_than_it_may(database_url: str, start
         psycopg.connect(database_url, autocommit=True) as admin,
         ThreadPoolExecutor(12) as threads,
     ):
-        paths = [f"/api/tasks/{alice.create()['id']}/complete" for _ in range(12)]
-        lock.execute("SELECT FROM task FOR UPDATE")
-        answers = [threads.submit(alice.patch, path) for path in paths]
+        task, another = f"/api/tasks/{alice.create()['id']}", f"/api/tasks/{alice.create()['id']}"
+        requests: list[tuple[str, str, object, int]] = [  # of six statements, of which each would take a connection
+            ("GET", "/api/tasks", None, 200),
+            ("GET", "/api/tasks?status=pending", None, 200),
+            ("GET", task, None, 200),
+            ("POST", "/api/tasks", {"title": "new"}, 201),
+            ("PUT", task, {"title": "changed"}, 200),
+            ("PATCH", f"{another}/complete", None, 200),
+        ]
+        lock.execute("LOCK TABLE task IN ACCESS EXCLUSIVE MODE")
+        answers = [threads.submit(alice.request, method, path, json=body) for method, path, body, _ in requests]
         wait_until(lambda: admin.execute(count).fetchone() == (3,))
         time.sleep(0.5)
         assert admin.execute(count).fetchone() == (3,)
         lock.rollback()
-        assert [answer.result().status_code for answer in answers] == [200] * 12
+        assert [answer.result().status_code for answer in answers] == [status for *_, status in requests]
 
 
 @pytest.mark.long
