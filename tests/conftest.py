@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+import fasteners
 import pytest
 from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 from pytest_postgresql.executors import NoopExecutor
@@ -161,6 +164,16 @@ def start_service() -> Iterator[Callable[..., Service]]:
     yield start
     for service in services:
         service.remove()
+
+
+@pytest.fixture
+def default_port() -> Iterator[None]:
+    """Port 8000, for one test of one process at a time."""
+    with fasteners.InterProcessLock(Path(tempfile.gettempdir()) / "tasks-test-port-8000"):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", 8000)) == 0:
+                pytest.skip("something else listens on port 8000")
+        yield
 
 
 @pytest.fixture

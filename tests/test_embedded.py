@@ -449,10 +449,8 @@ def test_an_empty_variable_counts_as_unset(value: str, project: Kept) -> None:
         project.assert_unharmed(client)
 
 
+@pytest.mark.usefixtures("default_port")
 def test_the_default_port_is_8000(project: Kept) -> None:
-    with socket.socket() as probe:
-        if not probe.connect_ex(("127.0.0.1", 8000)):
-            pytest.skip("something else listens on port 8000")
     with project.serving(PORT="") as client:
         project.assert_unharmed(client)
     assert "http://127.0.0.1:8000/docs" in project.output.read_text()

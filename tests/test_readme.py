@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import tomllib
@@ -55,10 +54,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.usefixtures("default_port")
 def test_the_first_command_and_the_tour_work_as_pasted(clone: Path) -> None:
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", 8000)) == 0:
-            pytest.skip("port 8000, which the README names, is taken")
     if not shutil.which("uv") or not shutil.which("pip"):
         pytest.skip("pip or uv is not installed")
     output = clone / "output"
