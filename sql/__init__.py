@@ -1,15 +1,13 @@
 """The query module: every statement about tasks is a file of its own, whose `$1` is the caller.
 
-Importing it raises ValueError for a file that is not bound to `$1`, and no row of anybody else is ever returned. Two
-exceptions say that a statement could not be carried out, `Unavailable` and `Refused`; any other one is a bug.
+Importing it raises ValueError for a file that is not bound to `$1`. A statement that could not be carried out raises
+Unavailable or Refused; any other exception is a bug. Timestamps are microseconds since 2000, as PostgreSQL sends them.
 """
 
 import asyncio
 import re
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -17,18 +15,18 @@ from weakref import WeakValueDictionary
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
 Task = Record | None
-Versions = list[datetime] | None
+Versions = list[int] | None
 
+# The columns of a task, with which each row begins, in the order in which clients see them.
 NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
-"""The columns of a task, with which each row begins, in the order in which clients see them."""
 
 TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH = 32  # calls
 MAX_DELAY = 0.01  # seconds that calls wait for a batch of their statement that is in flight
-FIRST_PAGE, NEXT_PAGE = 100, 250  # tasks of a list; the first page shares a batch, so it is small
-BEFORE_ALL = (datetime.max.replace(tzinfo=UTC), 2**63 - 1)  # asyncpg sends this time as infinity
+FIRST_PAGE, NEXT_PAGE = 100, 310  # tasks of a list; the first page shares a batch, so it is small
+BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
 
 # A statement has one of these forms. WHERE begins with the caller and has no OR, so nothing can widen it; one table is
 # named once, so nothing else is read.
@@ -58,7 +56,6 @@ CREATE_TASK = load("create_task.sql")
 UPDATE_TASK, COMPLETE_TASK, DELETE_TASK = load("update_task.sql"), load("complete_task.sql"), load("delete_task.sql")
 READS = (GET_TASK, GET_TASK_BY_KEY, LIST_TASKS, LIST_TASKS_BY_STATUS)
 CHANGES = (UPDATE_TASK, COMPLETE_TASK, DELETE_TASK)
-SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
 
 
 class Unavailable(Exception):
@@ -105,11 +102,13 @@ class Queries:
 
     def __init__(self, pool: Pool, span: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
         self.pool = pool
+        self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.span = span
         self.schema_applied = False  # until it is, all methods raise Unavailable
-        self.waiting: defaultdict[str, list[Call]] = defaultdict(list)
-        self.in_flight: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
-        self.alone = asyncio.Semaphore(max(1, pool.get_max_size() // 2))  # the rest, if any, is always for batches
+        self.waiting: dict[str, list[Call]] = {}  # for a sender, by their statement
+        self.senders: set[asyncio.Task[None]] = set()
+        self.half = pool.get_max_size() // 2  # of the connections; the other half is always for batches
+        self.alone = asyncio.Semaphore(max(1, self.half))
         self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
@@ -154,8 +153,7 @@ class Queries:
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
-        loop = asyncio.get_running_loop()
-        call = Call(user_id, parameters, loop.create_future(), loop.time() + TIMEOUT)
+        call = Call(user_id, parameters, self.loop.create_future(), self.loop.time() + TIMEOUT)
         try:
             with self.span(statement):
                 if statement not in CHANGES:
@@ -171,19 +169,19 @@ class Queries:
     async def _send_until_done(self, statement: str, call: Call, alone: bool) -> list[Record]:
         # Sent again, alone: a call of a batch that the database refused, one that met a lock, and once a read whose
         # connection was lost.
-        loop, retried, pause = asyncio.get_running_loop(), statement not in READS, 0.0
+        retried, pause = statement not in READS, 0.0
         while True:
             try:
-                if not alone:
+                if alone:
+                    async with asyncio.timeout_at(call.deadline):
+                        await asyncio.sleep(pause)
+                        async with self.alone:
+                            await self._send_calls(statement, [call])
+                elif statement in self.waiting:
                     self.waiting[statement].append(call)
-                    if len(self.waiting[statement]) == 1:
-                        loop.call_soon(self._send_waiting, statement)
-                    return await call.rows
-                async with asyncio.timeout_at(call.deadline):
-                    await asyncio.sleep(pause)
-                    async with self.alone:
-                        await self._send_batch(statement, [call])
-                return call.rows.result()
+                else:
+                    self._start_sender(statement, [call])
+                return await call.rows
             except ConnectionError:
                 if retried:
                     raise
@@ -193,58 +191,74 @@ class Queries:
                 if alone and not lost_race and not re.fullmatch(NOT_YET, error.sqlstate or ""):
                     raise
                 pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
-            alone, call = True, call._replace(rows=loop.create_future())
+            alone, call = True, call._replace(rows=self.loop.create_future())
 
-    def _send_waiting(self, statement: str) -> None:
-        """Send the next batch of the calls that wait, unless one was sent less than MAX_DELAY ago and is in flight."""
-        waiting, in_flight = self.waiting[statement], self.in_flight[statement]
+    def _start_sender(self, statement: str, calls: list[Call]) -> None:
+        self.waiting[statement] = calls  # to which others are appended
+        sender = self.loop.create_task(self._send_calls(statement, calls))
+        self.senders.add(sender)
+        sender.add_done_callback(self.senders.discard)
 
-        def land(batch: asyncio.Task[None]) -> None:
-            in_flight.discard(batch)
-            self._send_waiting(statement)
+    def _pass_on(self, statement: str, calls: list[Call]) -> None:
+        """Give what waits for a sender to another one: it is done, or its batch has been in flight for MAX_DELAY."""
+        if self.waiting.get(statement) is calls:
+            del self.waiting[statement]
+            if calls:
+                self._start_sender(statement, calls[:])
+                calls.clear()
 
-        waiting[:] = [call for call in waiting if not call.rows.done()]  # the others were cancelled
-        if waiting and not in_flight:
-            batch = asyncio.create_task(self._send_batch(statement, waiting[:MAX_BATCH]))
-            del waiting[:MAX_BATCH]
-            in_flight.add(batch)
-            batch.add_done_callback(land)
-            asyncio.get_running_loop().call_later(MAX_DELAY, land, batch)
-
-    async def _send_batch(self, statement: str, calls: list[Call]) -> None:
-        """Send a statement for the calls, in one message and one transaction; give each its rows or the error."""
-        deadline = calls[0].deadline  # the others came at most MAX_DELAY later
-        if statement not in READS:  # in one order, or two batches could wait for each other's locks
-            calls.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
-        answers: list[list[Record]] = [[] for _ in calls]
+    async def _send_calls(self, statement: str, calls: list[Call]) -> None:
+        """Send calls in batches over one connection, and take them off the list, until it is empty or a batch fails."""
+        batch: list[Call] = []
+        connection: Any = None  # a service.Connection
         try:
-            async with asyncio.timeout_at(deadline):
-                parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(calls)]
-                for row in await self._fetch(statement, parameters):
-                    if row["user_id"] != calls[row[-1]].user_id:
-                        raise RuntimeError("a statement has returned a row of somebody else")
-                    answers[row[-1]].append(row)
-            for call, rows in zip(calls, answers, strict=True):
-                if not call.rows.done():
-                    call.rows.set_result(rows)
+            while calls:
+                await asyncio.sleep(0)  # so that requests that have come meanwhile are in the batch
+                batch = [call for call in calls[:MAX_BATCH] if not call.rows.done()]  # the others were cancelled
+                del calls[:MAX_BATCH]
+                if not batch:
+                    continue
+                timer = self.loop.call_later(MAX_DELAY, self._pass_on, statement, calls)
+                async with asyncio.timeout_at(batch[0].deadline):
+                    connection = connection or await self._acquire()
+                    await self._send_batch(connection, statement, batch)
+                timer.cancel()
+                if len(self.senders) > self.half:
+                    break  # others may wait for the connection
         except Exception as error:
-            for call in calls:
+            for call in batch:
                 if not call.rows.done():
                     call.rows.set_exception(error)
+        finally:
+            self._pass_on(statement, calls)
+            if connection:
+                with suppress(Exception):  # the pool has closed it then
+                    await self.pool.release(connection, timeout=RELEASE_TIMEOUT)
 
-    async def _fetch(self, statement: str, parameters: list[tuple[object, ...]]) -> list[Record]:
-        """Return the rows; raise Unavailable for want of a connection, ConnectionError for a lost one, or asyncpg's."""
+    async def _acquire(self) -> Any:
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
         try:
-            connection: Any = await self.pool.acquire()  # a service.Connection
+            return await self.pool.acquire()
         except Exception as error:
             raise Unavailable(reason(error)) from None
+
+    async def _send_batch(self, connection: Any, statement: str, batch: list[Call]) -> None:
+        """Send a statement for the calls, in one message and one transaction, and give each its rows."""
+        if statement not in READS:  # in one order, or two batches could wait for each other's locks
+            batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
+        parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
         try:
-            return list(await connection.execute_for_each(statement, parameters))
+            rows = await connection.execute_for_each(statement, parameters)
         except (ConnectionError, ReadOnlySQLTransactionError):
             # A restart ends all the connections of a pool, a failover leaves them with what is a standby now.
             await self.pool.expire_connections()
             raise
-        finally:
-            await self.pool.release(connection, timeout=RELEASE_TIMEOUT)
+        answers: list[list[Record]] = [[] for _ in batch]
+        for row in rows:
+            if row["user_id"] != batch[row[-1]].user_id:
+                raise RuntimeError("a statement has returned a row of somebody else")
+            answers[row[-1]].append(row)
+        for call, answer in zip(batch, answers, strict=True):
+            if not call.rows.done():
+                call.rows.set_result(answer)
