@@ -43,6 +43,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -174,24 +175,6 @@ async def ready(request: Request) -> Response:
     return JSONResponse(HEALTH)
 
 
-async def docs(request: Request) -> Response:
-    """Read this document in Swagger UI."""
-    return docs_page(f'<div id="page"></div><script src="/docs/swagger_bundle.js"></script><script>{SWAGGER}</script>')
-
-
-async def redoc(request: Request) -> Response:
-    """Read this document in ReDoc."""
-    return docs_page(
-        '<redoc spec-url="/openapi.json" disable-telemetry="true"></redoc>'
-        '<script type="module" src="/docs/redoc.js"></script>'
-    )
-
-
-async def openapi(request: Request) -> Response:
-    """Get this document."""
-    return JSONResponse(OPENAPI)
-
-
 class Endpoint(NamedTuple):
     """A row of the route table, from which the OpenAPI document is drawn too."""
 
@@ -215,9 +198,6 @@ ENDPOINTS = [
     Endpoint("GET", "/", about, 200, "About"),
     Endpoint("GET", "/health", health, 200, "Health"),
     Endpoint("GET", "/health/ready", ready, 200, "Health", errors=[503]),
-    Endpoint("GET", "/docs", docs, 200, "Page"),
-    Endpoint("GET", "/redoc", redoc, 200, "Page"),
-    Endpoint("GET", "/openapi.json", openapi, 200, "Document"),
 ]
 
 
@@ -848,10 +828,15 @@ class Authentication:
 # The package has the files of Swagger UI and ReDoc. Importing it would read 9 MB of them into every process.
 DOCS_FOLDER = Path(getattr(importlib.util.find_spec("offapi"), "origin", "")).parent
 DOCS_FILES = {"swagger_bundle.js": "text/javascript", "swagger_style.css": "text/css", "redoc.js": "text/javascript"}
+read_once = functools.cache(Path.read_bytes)  # so that all answers share the content of a file
 
 SWAGGER = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})'
 SWAGGER_HASH = base64.b64encode(hashlib.sha256(SWAGGER.encode()).digest()).decode()
-
+DOCS_PAGES = {
+    "docs": f'<div id="page"></div><script src="/docs/swagger_bundle.js"></script><script>{SWAGGER}</script>',
+    "redoc": '<redoc spec-url="/openapi.json" disable-telemetry="true"></redoc>'
+    '<script type="module" src="/docs/redoc.js"></script>',
+}
 # The pages ask nobody but this server (ReDoc would fetch its logo from elsewhere), and nobody may frame them. Both
 # write styles into the page, and have images or fonts as data.
 DOCS_POLICY = (
@@ -861,159 +846,127 @@ DOCS_POLICY = (
 )
 
 
-def docs_page(body: str) -> Response:
+async def docs_page(request: Request) -> Response:
     html = f"""<!doctype html>
 <html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{TITLE}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="/docs/swagger_style.css">
-<body style="margin: 0">{body}</body>
-</html>
-"""
+<body style="margin: 0">{DOCS_PAGES[Path(request.url.path).name]}"""
     return HTMLResponse(html, headers={"Content-Security-Policy": DOCS_POLICY})
 
 
-@functools.cache
-def docs_content(name: str) -> bytes:
-    """Return the content of a file, which all its answers share."""
-    return (DOCS_FOLDER / name).read_bytes()
-
-
 async def docs_file(request: Request) -> Response:
-    """Get a file of the documentation pages."""
     name = Path(request.url.path).name
     headers = {"Cache-Control": "public, max-age=86400"}
-    return Response(docs_content(name), headers=headers, media_type=DOCS_FILES[name])
+    return Response(read_once(DOCS_FOLDER / name), headers=headers, media_type=DOCS_FILES[name])
 
 
-def json_object(*required: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(required), "properties": properties}
+async def openapi(request: Request) -> Response:
+    return JSONResponse(OPENAPI)
 
 
-def refer(kind: str, name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/{kind}/{name}"}
-
-
-TIMESTAMP = {
-    "type": "string",
-    "format": "date-time",
-    "description": "In UTC, with six digits of a second or none, so that it sorts as text.",
-    "examples": ["2026-01-31T08:15:30.123456+00:00"],
-}
-LIMITS = {"minLength", "maxLength", "pattern", "minimum", "maximum", "description"}
-TASK = {
-    "id": {"type": "integer", "format": "int64", "minimum": 1, "examples": [7]},
-    "user_id": {"type": "string", "description": "The `sub` of the token that made it.", "examples": ["alice"]},
-    # Without their limits: tasks that were there before the limits may be beyond them.
-    **{field: {key: rule[key] for key in rule.keys() - LIMITS} for field, rule in FIELDS.items()},
-    "created_at": TIMESTAMP,
-    "updated_at": TIMESTAMP | {"description": "Strictly increases with every change of the task."},
-}
-DETAIL = {"type": "string", "description": "One sentence for a person.", "examples": ["title must not be blank"]}
-FIELD = {"type": "string", "enum": [*FIELDS, "status", "task_id", "body"], "examples": ["title"]}
-MESSAGE = {"type": "string", "examples": ["must not be blank"]}
-FIELD_ERROR = json_object("field", "message", field=FIELD, message=MESSAGE)
-SCHEMAS = {
-    "Task": json_object(*TASK, **TASK),
-    "TaskList": json_object("items", items={"type": "array", "items": refer("schemas", "Task")}),
-    "NewTask": json_object("title", **FIELDS)
-    | {"description": "Without them, `description` is null and `completed` is false."},
-    "TaskChanges": json_object(**FIELDS)
-    | {"description": "Only the fields that are sent are changed; a null description clears it."},
-    "Completion": json_object(completed=FIELDS["completed"])
-    | {"type": ["object", "null"], "description": "Sets `completed`; without it, or without a body, it is toggled."},
-    "Health": json_object(*HEALTH, **{name: {"const": text} for name, text in HEALTH.items()}),
-    "About": json_object(*ABOUT, **{name: {"const": text} for name, text in ABOUT.items()}),
-    "Document": {"type": "object", "additionalProperties": True},  # or generated types take it for an empty object
-    "Page": {"type": "string"},
-    "Error": json_object("detail", detail=DETAIL),
-    "ValidationError": json_object("detail", "errors", detail=DETAIL, errors={"type": "array", "items": FIELD_ERROR}),
-}
-TEXT = {"type": "string"}
-STATUS_FILTER = {"type": "string", "enum": [*STATUSES], "default": "all"}
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "status": {"in": "query", "schema": STATUS_FILTER, "allowEmptyValue": True, "description": "Which tasks to list."},
-    "task_id": {"in": "path", "required": True, "schema": TASK["id"], "description": "Its id."},
-    "If-None-Match": {
-        "in": "header",
-        "schema": TEXT,
-        "description": "ETags that the client has. 304 if one is current.",
-    },
-    "If-Match": {
-        "in": "header",
-        "schema": TEXT,
-        "description": "ETags to change, or `*`. 412 if the task has moved on.",
-    },
-    "Idempotency-Key": {
-        "in": "header",
-        "schema": {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!""$)[!-~]{1,255})$'},
-        "description": "A text of the client's own for the task to create. The same key with the same body gives the"
-        " task that it made the first time; with another body, 422.",
-    },
-}
-SUCCESSES = {200: "Done.", 201: "Created.", 204: "Deleted.", 304: "The client has it already."}
-HEADERS = {201: ["Location"], 304: ["ETag"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
-
-
-def operation_document(endpoint: Endpoint) -> dict[str, Any]:
-    """Return the operation object of OpenAPI 3.1."""
-    method, path, body = endpoint.method, endpoint.path, endpoint.body
-    api, one, reads = path.startswith("/api/"), "{" in path, method == "GET"
-    statuses = [endpoint.status, *endpoint.errors]
-    statuses += [401, 422, 500, 503] * api + [404] * one + [304] * (api and reads) + [412] * (one and not reads)
-    statuses += [400] * bool(body) + [413, 415] * (bool(body) or method == "DELETE")
-    condition = {"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(method, "If-Match")
-    parameters = [*re.findall(r"{(\w+)}", path), *endpoint.query, *[condition] * api]
+def operation(endpoint: Endpoint) -> dict[str, Any]:
+    """Return the operation object of OpenAPI 3.1 for a row of the route table."""
+    parameters, statuses = [*endpoint.query], [endpoint.status, *endpoint.errors]
+    if "{task_id}" in endpoint.path:
+        parameters += ["task_id"]
+        statuses += [404]
+    more: dict[str, Any] = {"tags": ["service"]}
+    if endpoint.path.startswith("/api/"):
+        more = {"tags": ["tasks"], "security": [{"bearer": []}]}
+        parameters += [{"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(endpoint.method, "If-Match")]
+        statuses += [401, 422, 500, 503, {"GET": 304, "POST": 422}.get(endpoint.method, 412)]
+    if endpoint.method != "GET":
+        statuses += [413, 415]
+    if endpoint.body:
+        more["requestBody"] = {"required": endpoint.body != "Completion", "content": json_content(endpoint.body)}
+        statuses += [400]
     schemas = {endpoint.status: endpoint.schema, 304: None, 422: "ValidationError"}
-    operation: dict[str, Any] = {
+    return more | {
         "operationId": endpoint.handler.__name__,
         "summary": (endpoint.handler.__doc__ or "").partition(".")[0],
-        "tags": ["tasks" if api else "service"],
-        "parameters": [refer("parameters", name) for name in parameters],
-        "responses": {
-            str(status): answer_document(status, schemas.get(status, "Error")) for status in sorted(statuses)
-        },
+        "parameters": [PARAMETERS[name] | {"name": name} for name in parameters],
+        "responses": {str(status): response(status, schemas.get(status, "Error")) for status in sorted(statuses)},
     }
-    if api:
-        operation["security"] = [{"bearer": []}]
-    if body:
-        content = {"application/json": {"schema": refer("schemas", body)}}
-        operation["requestBody"] = {"required": body != "Completion", "content": content}
-    return operation
 
 
-def answer_document(status: int, schema: str | None) -> dict[str, Any]:
-    """Return the response object of OpenAPI 3.1."""
-    names = ["X-Request-ID", *HEADERS.get(status, []), *["ETag"] * (schema in ("Task", "TaskList"))]
-    optional = ["ETag"] * (schema == "TaskList")  # a list that is streamed has none
-    document: dict[str, Any] = {
-        "description": SUCCESSES.get(status) or DETAILS[status] + ".",
-        "headers": {name: {"schema": {"type": "string"}, "required": name not in optional} for name in names},
-    }
-    if schema:
-        example = {"example": {"detail": DETAILS[status]}} if schema == "Error" else {}
-        media_type = "text/html" if schema == "Page" else "application/json"
-        document["content"] = {media_type: {"schema": refer("schemas", schema), **example}}
-    return document
+def response(status: int, schema: str | None) -> dict[str, Any]:
+    """Return the response object of OpenAPI 3.1 for a status and the schema of its body."""
+    names = ["X-Request-ID", *HEADERS.get(status, []), *(["ETag"] if schema in ("Task", "TaskList") else [])]
+    # A list that is streamed has no ETag.
+    headers = {name: {"schema": TEXT, "required": name != "ETag" or schema == "Task"} for name in names}
+    example = {"example": {"detail": DETAILS[status]}} if schema == "Error" else {}
+    content = {"content": json_content(schema, **example)} if schema else {}
+    return {"description": DETAILS.get(status, HTTPStatus(status).phrase), "headers": headers, **content}
 
 
-def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of the endpoints."""
-    paths: dict[str, Any] = {}
-    for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation_document(endpoint)
-    description = "A token of your Better Auth server. To try it out: `uv run service.py token alice` prints one."
-    bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": description}
-    parameters = {name: {"name": name, **parameter} for name, parameter in PARAMETERS.items()}
-    components = {"schemas": SCHEMAS, "parameters": parameters, "securitySchemes": {"bearer": bearer}}
-    return {"openapi": "3.1.0", "info": INFO, "paths": paths, "components": components}
+def json_content(schema: str, **more: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}, **more}}
 
 
-OPENAPI = openapi_document(ENDPOINTS)
+def json_object(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the schema of an object that has all of the properties, unless more is said."""
+    return {"type": "object", "properties": properties, "required": [*properties], **more}
+
+
+TEXT = {"type": "string"}
+HEADERS = {201: ["Location"], 304: ["ETag"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
+
+TIMESTAMP = TEXT | {"format": "date-time", "examples": ["2026-01-31T08:15:30.123456+00:00"]}
+SHOWN = ("type", "format", "examples")  # of a field of a task; older tasks may be beyond its limits
+TASK = {
+    "id": {"type": "integer", "format": "int64", "minimum": 1, "examples": [7]},
+    "user_id": TEXT | {"description": "The `sub` of the token that made it.", "examples": ["alice"]},
+    **{name: {key: rule[key] for key in SHOWN if key in rule} for name, rule in FIELDS.items()},
+    "created_at": TIMESTAMP | {"description": "In UTC, with six digits of a second or none, so that it sorts as text."},
+    "updated_at": TIMESTAMP | {"description": "Strictly increases with every change of the task."},
+}
+DETAIL = TEXT | {"description": "One sentence for a person.", "examples": ["title must not be blank"]}
+FIELD = TEXT | {"enum": [*FIELDS, "status", "task_id", "body"], "examples": ["title"]}
+FIELD_ERROR = json_object({"field": FIELD, "message": TEXT | {"examples": ["must not be blank"]}})
+SCHEMAS = {
+    "Task": json_object(TASK),
+    "TaskList": json_object({"items": {"type": "array", "items": {"$ref": "#/components/schemas/Task"}}}),
+    "NewTask": json_object(FIELDS, required=["title"], description=f"Defaults: {json.dumps(DEFAULTS)}, else null."),
+    "TaskChanges": json_object(FIELDS, required=[], description="Only fields that are sent change; null clears one."),
+    "Completion": json_object(
+        {"completed": FIELDS["completed"]}, required=[], type=["object", "null"], description="Left out, it is toggled."
+    ),
+    "Health": json_object({name: {"const": text} for name, text in HEALTH.items()}),
+    "About": json_object({name: {"const": text} for name, text in ABOUT.items()}),
+    "Error": json_object({"detail": DETAIL}),
+    "ValidationError": json_object({"detail": DETAIL, "errors": {"type": "array", "items": FIELD_ERROR}}),
+}
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "status": {"in": "query", "schema": TEXT | {"enum": [*STATUSES], "default": "all"}, "allowEmptyValue": True},
+    "task_id": {"in": "path", "schema": TASK["id"], "required": True},
+    "If-None-Match": {"in": "header", "schema": TEXT, "description": "ETags that you have. 304 if one is current."},
+    "If-Match": {"in": "header", "schema": TEXT, "description": "ETags to change, or `*`. 412 if none is current."},
+    "Idempotency-Key": {
+        "in": "header",
+        "schema": TEXT | {"pattern": '^("[!-~]{1,255}"|(?!""$)[!-~]{1,255})$'},
+        "description": "A text of your own. Sent again with the same body, it gives the same task; with another, 422.",
+    },
+}
+
+BEARER_HELP = "A token of your Better Auth server. To try it out: `uv run service.py token alice` prints one."
+BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": BEARER_HELP}
+OPENAPI: dict[str, Any] = {
+    "openapi": "3.1.0",
+    "info": INFO,
+    "paths": {},
+    "components": {"schemas": SCHEMAS, "securitySchemes": {"bearer": BEARER}},
+}
+for row in ENDPOINTS:
+    OPENAPI["paths"].setdefault(row.path, {})[row.method.lower()] = operation(row)
+
 ROUTES = [Route(path, Resource(path)) for path in dict.fromkeys(each.path for each in ENDPOINTS)]
+ROUTES += [Route(f"/{name}", docs_page) for name in DOCS_PAGES]
 ROUTES += [Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]
+ROUTES += [Route("/openapi.json", openapi)]
 
 
 # --- Settings: the environment, read and checked once ----------------------------------------------------------------

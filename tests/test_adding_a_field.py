@@ -273,6 +273,7 @@ def test_an_integer_is_documented(other_service: Service) -> None:
     assert schemas["Task"]["properties"]["priority"]["type"] == "integer"
     assert "priority" in schemas["Task"]["required"]
     assert "priority" not in schemas["NewTask"]["required"]
+    assert '"priority": 3' in schemas["NewTask"]["description"]
 
 
 # --- A database that was there before --------------------------------------------------------------------------------

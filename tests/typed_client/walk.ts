@@ -99,8 +99,3 @@ assert.deepEqual([about.data?.title, about.data?.docs_url], ['Task service', '/d
 for (const health of [await client.GET('/health'), await client.GET('/health/ready')]) {
   assert.equal(health.data?.status, 'ok')
 }
-const document = await client.GET('/openapi.json')
-assert.equal(document.data?.['openapi'], '3.1.0')
-for (const page of [await client.GET('/docs', { parseAs: 'text' }), await client.GET('/redoc', { parseAs: 'text' })]) {
-  assert(page.data?.startsWith('<!doctype html>'))
-}
