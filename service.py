@@ -64,7 +64,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from sql import ADOPT, NAMES, SCHEMA, TIMEOUT, Queries, Refused, Unavailable, reason
+from sql import ADOPT, FIRST_PAGE, NAMES, SCHEMA, TIMEOUT, Queries, Refused, Unavailable, reason
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -103,7 +103,7 @@ async def list_tasks(request: Request) -> Response:
     status = request.query_params.get("status") or "all"
     if status not in STATUSES:
         raise invalid({"status": f"must be one of {', '.join(STATUSES)}"})
-    return await list_response(request, queries(request).list_tasks(request.user, STATUSES[status]))
+    return await list_response(request, STATUSES[status])
 
 
 async def create_task(request: Request) -> Response:
@@ -114,7 +114,7 @@ async def create_task(request: Request) -> Response:
     task = await queries(request).create_task(request.user, key, key and hash_of(fields), values)
     if task is None:
         raise invalid({"body": "is not the one that this Idempotency-Key was first sent with"})
-    return task_response(request, task, 201, {"Location": f"/api/tasks/{task['id']}"})
+    return task_response(task, 201, {"Location": f"/api/tasks/{task['id']}"})
 
 
 async def get_task(request: Request) -> Response:
@@ -122,7 +122,7 @@ async def get_task(request: Request) -> Response:
     task = await queries(request).get_task(request.user, task_id_of(request))
     if task is None:
         raise ApiError(404)
-    return task_response(request, task)
+    return task_response(task)
 
 
 async def update_task(request: Request) -> Response:
@@ -135,7 +135,7 @@ async def update_task(request: Request) -> Response:
     else:  # nothing is written, and updated_at stays
         task = await queries(request).get_task(request.user, task_id)
         task = None if task and versions is not None and task["updated_at"] not in versions else task
-    return task_response(request, await changed(request, task))
+    return task_response(await changed(request, task))
 
 
 async def complete_task(request: Request) -> Response:
@@ -144,7 +144,7 @@ async def complete_task(request: Request) -> Response:
     completed = valid_fields(request, {} if body is None else body, names=["completed"]).get("completed")
     task_id, versions = task_id_of(request), versions_to_change(request)
     task = await queries(request).complete_task(request.user, task_id, versions, completed)
-    return task_response(request, await changed(request, task))
+    return task_response(await changed(request, task))
 
 
 async def delete_task(request: Request) -> Response:
@@ -155,23 +155,10 @@ async def delete_task(request: Request) -> Response:
     return Response(status_code=204)
 
 
-async def about(request: Request) -> Response:
-    """Describe the service."""
-    return JSONResponse(ABOUT)
-
-
-async def health(request: Request) -> Response:
-    """Check that the process serves. It asks nobody else: a restart would mend no database."""
-    return JSONResponse(HEALTH)
-
-
 async def ready(request: Request) -> Response:
-    """Check that the database answers too."""
-    try:
-        async with asyncio.timeout(2):
-            await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
-    except TimeoutError as error:
-        raise Unavailable(reason(error)) from None
+    """Check that the database answers within two seconds."""
+    async with asyncio.timeout(2):
+        await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
     return JSONResponse(HEALTH)
 
 
@@ -185,7 +172,6 @@ class Endpoint(NamedTuple):
     schema: str | None  # of the answer's body
     body: str | None = None  # the schema of the request's body
     query: Sequence[str] = ()
-    errors: Sequence[int] = ()  # beside those that follow from the rest
 
 
 ENDPOINTS = [
@@ -195,28 +181,7 @@ ENDPOINTS = [
     Endpoint("PUT", "/api/tasks/{task_id}", update_task, 200, "Task", "TaskChanges"),
     Endpoint("PATCH", "/api/tasks/{task_id}/complete", complete_task, 200, "Task", "Completion"),
     Endpoint("DELETE", "/api/tasks/{task_id}", delete_task, 204, None),
-    Endpoint("GET", "/", about, 200, "About"),
-    Endpoint("GET", "/health", health, 200, "Health"),
-    Endpoint("GET", "/health/ready", ready, 200, "Health", errors=[503]),
 ]
-
-
-class Resource:
-    """The ASGI application of a path: it answers by the handler of the request's method."""
-
-    def __init__(self, path: str) -> None:
-        self.handlers = {each.method: each.handler for each in ENDPOINTS if each.path == path}
-        if "GET" in self.handlers:
-            self.handlers["HEAD"] = self.handlers["GET"]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handler = self.handlers.get(scope["method"])
-        if handler is None:
-            raise HTTPException(405, headers={"Allow": ", ".join(sorted(self.handlers))})
-        response = await handler(Request(scope, receive, send))
-        await response(scope, receive, send)
-
-
 HEALTH = {"status": "ok", "version": VERSION}
 INFO = {"title": TITLE, "description": DESCRIPTION, "version": VERSION}
 ABOUT = INFO | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}
@@ -224,34 +189,27 @@ ABOUT = INFO | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/ope
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-
 JSON_MEDIA_TYPE = re.compile(r"application/([a-z0-9!#$&^_.+-]+\+)?json")
-DECIMAL = re.compile("-?[0-9]+")
-SURROGATE = re.compile("[\ud800-\udfff]")
 ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*")  # section 5.6.1
 
 
 async def read_body(request: Request) -> bytearray:
-    """Return the bytes of the body; raise 413 for too many, 415 if not meant as JSON, 400 for an upgrade or a cut body.
-
-    HttpProtocol calls the application when the whole body is there, or more of it than BODY_LIMIT.
-    """
-    headers = request.headers
-    declared = "content-length" in headers or "transfer-encoding" in headers
+    """Return the body; raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read."""
+    headers, content = request.headers, bytearray()
     if float(headers.get("content-length", 0)) > BODY_LIMIT:
         raise ApiError(413)
-    if declared and "upgrade" in headers:  # httptools does not read it then
-        raise ApiError(400, "A request with a body must not offer to upgrade the connection")
-    content = bytearray()
-    if declared or not request.scope["http_version"].startswith("1."):  # RFC 9112, section 6.3
-        try:
-            async for chunk in request.stream():
-                content += chunk
-                if len(content) > BODY_LIMIT:
-                    raise ApiError(413)
-        except ClientDisconnect:  # where the application was called before, for a client that waits for a 100
-            raise ApiError(400, "The body ended before it was complete") from None
+    if "upgrade" in headers and ("content-length" in headers or "transfer-encoding" in headers):
+        raise ApiError(
+            400, "A request with a body must not offer to upgrade the connection"
+        )  # httptools skips the body
+    try:
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > BODY_LIMIT:
+                raise ApiError(413)
+    except ClientDisconnect:
+        raise ApiError(400, "The body ended before it was complete") from None
     media_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content and not JSON_MEDIA_TYPE.fullmatch(media_type):
         raise ApiError(415)
@@ -259,10 +217,7 @@ async def read_body(request: Request) -> bytearray:
 
 
 async def read_json(request: Request, *, optional: bool = False) -> object:
-    """Return the value of a body in JSON and UTF-8 (RFC 8259); raise 400 for anything else, NaN and Infinity included.
-
-    An optional body that is absent is None.
-    """
+    """Return the value of a body in JSON and UTF-8 (RFC 8259), or None of an optional one that is absent; raise 400."""
     content = await read_body(request)
     if optional and not content:
         return None
@@ -272,20 +227,15 @@ async def read_json(request: Request, *, optional: bool = False) -> object:
         raise ApiError(400) from None
 
 
-def finite(text: str) -> float:
+def finite_number(text: str) -> float:
     """Return a JSON number; raise ValueError for one beyond a double, which RFC 8259, section 6, calls unportable."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError("a number is out of range")
-    return number
+    return int(text) if text.lstrip("-").isdigit() else number
 
 
-def integer(text: str) -> int:
-    finite(text)
-    return int(text)
-
-
-JSON = json.JSONDecoder(parse_float=finite, parse_int=integer, parse_constant=finite)
+JSON = json.JSONDecoder(parse_float=finite_number, parse_int=finite_number, parse_constant=finite_number)
 
 
 def valid_fields(
@@ -311,45 +261,46 @@ def valid_fields(
     return fields
 
 
+TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "string": (str, "a string")}
+
+
 def valid_value(rule: Mapping[str, Any], value: object) -> object:
     """Return a value of a field as the database takes it; raise ValueError, whose text ends a sentence with its name.
 
-    A rule has one of three types, `string`, `integer` and `boolean`, and may allow null beside it. A string may have
-    the format `date` (RFC 3339, full-date).
+    A field has one of the TYPES, and may allow null beside it. A string may have the format `date` (RFC 3339).
     """
-    types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
-    if value is None and "null" in types:
+    [type_name, *null] = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+    python_type, description = TYPES[type_name]
+    if value is None and null:
         return None
-    or_null = " or null" if "null" in types else ""
-    if types[0] == "boolean":
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false{or_null}")
-    elif types[0] == "integer":
-        least, most = rule.get("minimum", -(2**63)), rule.get("maximum", 2**63 - 1)
-        if type(value) is not int:
-            raise ValueError(f"must be an integer{or_null}")
-        if not least <= value <= most:
-            raise ValueError(f"must be from {least} to {most}")
-    elif not isinstance(value, str):
-        raise ValueError(f"must be a string{or_null}")
-    elif rule.get("format") == "date":
-        try:
-            return date.fromisoformat(value if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value) else "")
-        except ValueError:
-            raise ValueError(f"must be a date like {rule['examples'][0]}") from None
-    elif len(value) > rule.get("maxLength", math.inf):
-        raise ValueError(f"must have at most {rule['maxLength']} characters")
-    elif SURROGATE.search(value):
-        raise ValueError("must not contain a lone surrogate")
-    elif "\0" in value:
-        raise ValueError("must not contain NUL")
-    elif not re.search(rule.get("pattern", ""), value):
-        raise ValueError(f"must look like {rule['examples'][0]}" if value.strip() else "must not be blank")
+    if type(value) is not python_type:
+        raise ValueError(f"must be {' or '.join([description, *null])}")
+    if isinstance(value, int) and not rule.get("minimum", -(2**63)) <= value <= rule.get("maximum", 2**63 - 1):
+        raise ValueError(f"must be from {rule.get('minimum', -(2**63))} to {rule.get('maximum', 2**63 - 1)}")
+    if isinstance(value, str):
+        return valid_string(rule, value)
     return value
 
 
+def valid_string(rule: Mapping[str, Any], text: str) -> object:
+    if len(text) > rule.get("maxLength", math.inf):
+        raise ValueError(f"must have at most {rule['maxLength']} characters")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("must not contain a lone surrogate")
+    if "\0" in text:
+        raise ValueError("must not contain NUL")
+    if rule.get("format") == "date":
+        try:
+            return date.fromisoformat(text if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) else "")
+        except ValueError:
+            raise ValueError(f"must be a date like {rule['examples'][0]}") from None
+    if not re.search(rule.get("pattern", ""), text):
+        raise ValueError(f"must look like {rule['examples'][0]}" if text.strip() else "must not be blank")
+    return text
+
+
 def task_id_errors(request: Request) -> dict[str, str]:
-    decimal = DECIMAL.fullmatch(request.path_params.get("task_id", "0"))
+    decimal = re.fullmatch("-?[0-9]+", request.path_params.get("task_id", "0"))
     return {} if decimal else {"task_id": "must be a decimal integer"}
 
 
@@ -374,28 +325,31 @@ def entity_tags(text: str) -> list[str]:
 
 
 def versions_to_change(request: Request) -> list[int] | None:
-    """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1)."""
+    """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1).
+
+    An entity tag counts if it is, character by character, that of a version.
+    """
     text = header(request, b"if-match")
     if text is None or text == "*":
         return None
-    return [version for tag in entity_tags(text) if (version := version_of(tag)) is not None]
+    versions = []
+    for tag in entity_tags(text):
+        with contextlib.suppress(ValueError, TypeError):  # no time, or one without a zone
+            version = (datetime.fromisoformat(tag.strip('"')) - EPOCH) // MICROSECOND
+            if tag == etag_of(version):
+                versions.append(version)
+    return versions
 
 
-def version_of(tag: str) -> int | None:
-    """Return the updated_at that an entity tag is the text of, character by character, or None."""
-    with contextlib.suppress(ValueError):
-        version = datetime.fromisoformat(tag.strip('"'))
-        if tag == f'"{version.isoformat()}"' and tag.endswith('+00:00"'):
-            return (version - EPOCH) // MICROSECOND
-    return None
-
-
-def not_modified(request: Request, etag: str) -> bool:
-    """Return whether If-None-Match says that the client has this already (RFC 9110, section 13.1.2)."""
+def unless_modified(request: Request, response: Response) -> Response:
+    """Return a response, or a 304 if the client has it already, as If-None-Match says (RFC 9110, section 13.1.2)."""
     text = header(request, b"if-none-match")
-    if text is None:
-        return False
-    return text == "*" or etag.removeprefix("W/") in [tag.removeprefix("W/") for tag in entity_tags(text)]
+    if text is None or request.method not in ("GET", "HEAD") or response.status_code != 200:
+        return response
+    etag = response.headers.get("etag", "")
+    if text != "*" and etag.removeprefix("W/") not in [tag.removeprefix("W/") for tag in entity_tags(text)]:
+        return response
+    return Response(status_code=304, headers={"ETag": etag} if etag else None)
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -451,8 +405,8 @@ def invalid(errors: Mapping[str, str]) -> ApiError:
 
 async def error_response(request: Request, error: Exception) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
-    if isinstance(error, Unavailable):
-        request.scope["error"] = str(error)
+    if isinstance(error, Unavailable | TimeoutError):
+        request.scope["error"] = reason(error)
         error = ApiError(503, headers={"Retry-After": RETRY_AFTER})
     elif isinstance(error, Refused):
         request.scope["error"] = f"Refused: {error}"
@@ -460,11 +414,10 @@ async def error_response(request: Request, error: Exception) -> Response:
         error = invalid({field if field in FIELDS else "body": "is refused by the database"})
     elif not isinstance(error, HTTPException):
         error = ApiError(500)
-    headers = dict(error.headers or {})
     body: dict[str, Any] = {"detail": error.detail}
     if isinstance(error, ApiError) and error.errors:
         body["errors"] = [{"field": field, "message": message} for field, message in error.errors.items()]
-    return JSONResponse(body, error.status_code, headers)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 async def changed(request: Request, task: Record | None) -> Record:
@@ -478,8 +431,12 @@ async def changed(request: Request, task: Record | None) -> Record:
 EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
 
 
+def etag_of(updated_at: int) -> str:
+    return f'"{(EPOCH + MICROSECOND * updated_at).isoformat()}"'
+
+
 def as_dict(row: Record) -> dict[str, Any]:
-    """Return a task by the names of its fields."""
+    """Return a task by the names of its fields, for orjson, which writes times as `isoformat` does."""
     task = dict(zip(NAMES, row, strict=False))
     task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
     task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
@@ -487,61 +444,51 @@ def as_dict(row: Record) -> dict[str, Any]:
 
 
 def to_json(rows: Sequence[Record]) -> memoryview:
-    """Return the JSON of tasks, with commas between them; orjson writes times as `isoformat` does."""
+    """Return the JSON of tasks, with commas between them."""
     return memoryview(orjson.dumps([as_dict(row) for row in rows]))[1:-1]
 
 
-def task_response(request: Request, task: Record, status: int = 200, headers: Texts = None) -> Response:
+def task_response(row: Record, status: int = 200, headers: Texts = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
-    fields = as_dict(task)
-    return json_response(request, orjson.dumps(fields), f'"{fields["updated_at"].isoformat()}"', status, headers)
+    headers = {"ETag": etag_of(row["updated_at"]), **(headers or {})}
+    return Response(orjson.dumps(as_dict(row)), status, headers, "application/json")
 
 
-def json_response(request: Request, text: bytes, etag: str, status: int = 200, headers: Texts = None) -> Response:
-    """Return the answer that carries a JSON text, or a 304 without it to a client that has it already."""
-    headers = {"ETag": etag, **(headers or {})}
-    if request.method in ("GET", "HEAD") and not_modified(request, etag):
-        return Response(status_code=304, headers=headers)
-    return Response(text, status, headers, "application/json")
-
-
-async def list_response(request: Request, pages: AsyncIterator[list[Record]]) -> Response:
+async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
-    texts: list[bytes | memoryview] = [b'{"items":[']
-    count, size = 0, len('{"items":[]}')
-    async for page in pages:
-        if page:
-            texts += [b","] * bool(count) + [to_json(page)]
-            count, size = count + len(page), size + bool(count) + len(texts[-1])
-        if count > WHOLE_LIST_TASKS or size > WHOLE_LIST_BYTES:
-            break
-    else:
-        text = b"".join([*texts, b"]}"])
-        # The ETag is of the content, so it is right whatever has happened to the list.
-        return json_response(request, text, f'W/"{hashlib.sha256(text).hexdigest()[:32]}"')
-    if not_modified(request, ""):
-        return Response(status_code=304)
-    if request.method == "HEAD":
-        head = Response(media_type="application/json")
-        del head.headers["content-length"]
-        return head
-    return StreamingResponse(stream(request, texts, pages), media_type="application/json")
+    database = queries(request)
+    pages, text, count = database.list_tasks(request.user, completed), bytearray(b'{"items":['), 0
+    async with contextlib.AsyncExitStack() as stack:
+        async for page in pages:
+            text += (b"," if count and page else b"") + to_json(page)
+            count += len(page)
+            if count > WHOLE_LIST_TASKS or len(text) + 2 > WHOLE_LIST_BYTES:
+                break
+            if count == FIRST_PAGE:  # there may be more
+                await stack.enter_async_context(asyncio.timeout(TIMEOUT))
+                await stack.enter_async_context(database.long_lists)
+        else:
+            text += b"]}"
+            # The ETag is of the content, so it is right whatever has happened to the list.
+            headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
+            return Response(memoryview(text), 200, headers, "application/json")
+    return StreamingResponse(stream(request, text, pages), media_type="application/json")
 
 
-async def stream(
-    request: Request, texts: list[bytes | memoryview], pages: AsyncIterator[list[Record]]
-) -> AsyncIterator[bytes]:
+async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Record]]) -> AsyncIterator[memoryview]:
     """Yield the JSON of a long list. What fails ends the connection, so that the client does not take it for whole."""
-    yield b"".join(texts)
-    texts.clear()
+    if request.method == "HEAD":
+        return
+    yield memoryview(text)
+    del text
     try:
         async for page in pages:
             for start in range(0, len(page), STREAMED_TASKS):
-                yield b"," + to_json(page[start : start + STREAMED_TASKS])
+                yield memoryview(b"," + to_json(page[start : start + STREAMED_TASKS]))
     except Unavailable as error:
         request.scope["error"] = str(error)
         raise ConnectionAbortedError from None
-    yield b"]}"
+    yield memoryview(b"]}")
 
 
 class Answers:
@@ -561,26 +508,26 @@ class Answers:
             return
         started = time.perf_counter()
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if not REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(128):032x}"  # which need not be secret
         app = self.with_cors if b"origin" in headers else self.app
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
+            request_id = f"{random.getrandbits(128):032x}"  # which need not be secret
+        path = scope["path"]
+        # A trailing slash names the same resource. A newline does not, though the $ of a route's pattern lets it pass.
+        scope["path"] = (path.removesuffix("/") or "/").replace("\n", "%0A")
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status = scope["status"] = message["status"]
+                scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
                 if app is self.app:
                     added.append((b"vary", b"Origin"))
                 if under_api(scope):
-                    reading = scope["method"] in ("GET", "HEAD") and status < 400
+                    reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
                     added.append((b"cache-control", b"private, no-cache" if reading else b"no-store"))
-                message["headers"] += added
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
-        path = scope["path"]
-        # A trailing slash names the same resource. A newline does not, though the $ of a route's pattern lets it pass.
-        scope["path"] = (path.removesuffix("/") or "/").replace("\n", "%0A")
         bug = None
         try:
             await app(scope, receive, send_with_headers)
@@ -619,7 +566,6 @@ logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of the issuer's keys
 # What uvicorn has to say of an answer that broke off, which has its line already.
 logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
-REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 PLAIN = re.compile(r"[\w./:%~@+-]+", re.ASCII)
 
 
@@ -832,11 +778,6 @@ read_once = functools.cache(Path.read_bytes)  # so that all answers share the co
 
 SWAGGER = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})'
 SWAGGER_HASH = base64.b64encode(hashlib.sha256(SWAGGER.encode()).digest()).decode()
-DOCS_PAGES = {
-    "docs": f'<div id="page"></div><script src="/docs/swagger_bundle.js"></script><script>{SWAGGER}</script>',
-    "redoc": '<redoc spec-url="/openapi.json" disable-telemetry="true"></redoc>'
-    '<script type="module" src="/docs/redoc.js"></script>',
-}
 # The pages ask nobody but this server (ReDoc would fetch its logo from elsewhere), and nobody may frame them. Both
 # write styles into the page, and have images or fonts as data.
 DOCS_POLICY = (
@@ -846,14 +787,14 @@ DOCS_POLICY = (
 )
 
 
-async def docs_page(request: Request) -> Response:
+def docs_page(body: str) -> Response:
     html = f"""<!doctype html>
 <html lang="en">
 <title>{TITLE}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="/docs/swagger_style.css">
-<body style="margin: 0">{DOCS_PAGES[Path(request.url.path).name]}"""
+<body style="margin: 0">{body}"""
     return HTMLResponse(html, headers={"Content-Security-Policy": DOCS_POLICY})
 
 
@@ -863,21 +804,14 @@ async def docs_file(request: Request) -> Response:
     return Response(read_once(DOCS_FOLDER / name), headers=headers, media_type=DOCS_FILES[name])
 
 
-async def openapi(request: Request) -> Response:
-    return JSONResponse(OPENAPI)
-
-
 def operation(endpoint: Endpoint) -> dict[str, Any]:
     """Return the operation object of OpenAPI 3.1 for a row of the route table."""
-    parameters, statuses = [*endpoint.query], [endpoint.status, *endpoint.errors]
+    parameters = [*endpoint.query, {"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(endpoint.method, "If-Match")]
+    statuses = [endpoint.status, {"GET": 304, "POST": 400}.get(endpoint.method, 412), 401, 422, 500, 503]
+    more: dict[str, Any] = {}
     if "{task_id}" in endpoint.path:
         parameters += ["task_id"]
         statuses += [404]
-    more: dict[str, Any] = {"tags": ["service"]}
-    if endpoint.path.startswith("/api/"):
-        more = {"tags": ["tasks"], "security": [{"bearer": []}]}
-        parameters += [{"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(endpoint.method, "If-Match")]
-        statuses += [401, 422, 500, 503, {"GET": 304, "POST": 422}.get(endpoint.method, 412)]
     if endpoint.method != "GET":
         statuses += [413, 415]
     if endpoint.body:
@@ -885,10 +819,12 @@ def operation(endpoint: Endpoint) -> dict[str, Any]:
         statuses += [400]
     schemas = {endpoint.status: endpoint.schema, 304: None, 422: "ValidationError"}
     return more | {
+        "tags": ["tasks"],
+        "security": [{"bearer": []}],
         "operationId": endpoint.handler.__name__,
         "summary": (endpoint.handler.__doc__ or "").partition(".")[0],
         "parameters": [PARAMETERS[name] | {"name": name} for name in parameters],
-        "responses": {str(status): response(status, schemas.get(status, "Error")) for status in sorted(statuses)},
+        "responses": {str(status): response(status, schemas.get(status, "Error")) for status in sorted({*statuses})},
     }
 
 
@@ -934,8 +870,6 @@ SCHEMAS = {
     "Completion": json_object(
         {"completed": FIELDS["completed"]}, required=[], type=["object", "null"], description="Left out, it is toggled."
     ),
-    "Health": json_object({name: {"const": text} for name, text in HEALTH.items()}),
-    "About": json_object({name: {"const": text} for name, text in ABOUT.items()}),
     "Error": json_object({"detail": DETAIL}),
     "ValidationError": json_object({"detail": DETAIL, "errors": {"type": "array", "items": FIELD_ERROR}}),
 }
@@ -963,10 +897,18 @@ OPENAPI: dict[str, Any] = {
 for row in ENDPOINTS:
     OPENAPI["paths"].setdefault(row.path, {})[row.method.lower()] = operation(row)
 
-ROUTES = [Route(path, Resource(path)) for path in dict.fromkeys(each.path for each in ENDPOINTS)]
-ROUTES += [Route(f"/{name}", docs_page) for name in DOCS_PAGES]
-ROUTES += [Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]
-ROUTES += [Route("/openapi.json", openapi)]
+FIXED: dict[str, Response] = {
+    "/": JSONResponse(ABOUT),
+    "/health": JSONResponse(HEALTH),  # it asks nobody else: a restart would mend no database
+    "/openapi.json": JSONResponse(OPENAPI),
+    "/docs": docs_page(
+        f'<div id="page"></div><script src="/docs/swagger_bundle.js"></script><script>{SWAGGER}</script>'
+    ),
+    "/redoc": docs_page(
+        '<redoc spec-url="/openapi.json" disable-telemetry="true"></redoc>'
+        '<script type="module" src="/docs/redoc.js"></script>'
+    ),
+}
 
 
 # --- Settings: the environment, read and checked once ----------------------------------------------------------------
@@ -1129,25 +1071,33 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
 
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
 SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
-EXPECTED = {*NAMES, "idempotency_key", "request_hash", *re.findall(r"INDEX IF NOT EXISTS (\w+)", SCHEMA)}
-BEGIN = """
-    SET LOCAL lock_timeout = 0;
-    SET LOCAL statement_timeout = 0;
-    SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
-    -- Have IF NOT EXISTS look where the table is, which may be in a later schema of the search path.
-    SELECT set_config('search_path', relnamespace::regnamespace::text, true)
-    FROM pg_class WHERE oid = to_regclass('task')
-"""
-PRESENT = """
-    SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('task') AND attnum > 0 AND NOT attisdropped
-    UNION ALL
-    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task')
-"""
+STARTUP_TIMEOUT = 3.0  # seconds that a start waits for the schema; then it serves, and answers 503 until it is applied
+SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close: with SHUTDOWN_GRACE well under the 30 of the platforms
 
 # What tells of the end of a connection that may not count as closed yet.
 LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
-STARTUP_TIMEOUT = 3.0  # seconds that a start waits for the schema; then it serves, and answers 503 until it is applied
-SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close: with SHUTDOWN_GRACE well under the 30 of the platforms
+
+
+class Resource:
+    """The ASGI application of a path: it answers by the handler of the request's method."""
+
+    def __init__(self, path: str) -> None:
+        self.handlers = {each.method: each.handler for each in ENDPOINTS if each.path == path}
+        if "GET" in self.handlers:
+            self.handlers["HEAD"] = self.handlers["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = self.handlers.get(scope["method"])
+        if handler is None:
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(self.handlers))})
+        request = Request(scope, receive, send)
+        response = unless_modified(request, await handler(request))
+        await response(scope, receive, send)
+
+
+ROUTES = [Route(path, Resource(path)) for path in dict.fromkeys(each.path for each in ENDPOINTS)]
+ROUTES += [Route("/health/ready", ready), *[Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]]
+ROUTES += [Route(path, response, methods=["GET"]) for path, response in FIXED.items()]
 
 
 def queries(request: Request) -> Queries:
@@ -1198,17 +1148,24 @@ class Connection(asyncpg.Connection):
 
 
 async def connect(*arguments: Any, **options: Any) -> Connection:
-    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users."""
+    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users.
+
+    Raise Unavailable, whatever the reason.
+    """
     # These are startup parameters, as what is SET in a session leaks to others through a pooler.
     settings = {"lock_timeout": LOCK_TIMEOUT, "plan_cache_mode": "force_generic_plan"}
     try:
-        connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
-    except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):  # PgBouncer; PostgreSQL 11
-        options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
-        connection = await asyncpg.connect(*arguments, **options)
-    # asyncpg takes three times as long to make a datetime of a timestamp as timestamp() does.
-    await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
-    connection.sets_lock_timeout = await connection.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
+        try:
+            connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
+        except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):  # PgBouncer; PostgreSQL 11
+            options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
+            connection = await asyncpg.connect(*arguments, **options)
+        connection.sets_lock_timeout = await connection.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
+        # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.
+        int8 = {"codec_name": "int8", "format": "binary"}
+        await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", **int8)
+    except Exception as error:
+        raise Unavailable(reason(error)) from None
     return connection
 
 
@@ -1217,12 +1174,20 @@ def create_pool(settings: Settings) -> asyncpg.Pool:
     return asyncpg.create_pool(**settings.database, min_size=0, connect=connect, connection_class=Connection)
 
 
-async def end_with_supervisor() -> None:
-    """Stop a worker whose supervisor has been killed and cannot stop it any more."""
-    if supervisor := multiprocessing.parent_process():
-        while supervisor.is_alive():  # noqa: ASYNC110  nothing tells of its end
-            await asyncio.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+BEGIN = """
+    SET LOCAL lock_timeout = 0;
+    SET LOCAL statement_timeout = 0;
+    SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
+    -- Have IF NOT EXISTS look where the table is, which may be in a later schema of the search path.
+    SELECT set_config('search_path', relnamespace::regnamespace::text, true)
+    FROM pg_class WHERE oid = to_regclass('task')
+"""
+PRESENT = """
+    SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('task') AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task')
+"""
+EXPECTED = {*NAMES, "idempotency_key", "request_hash", *re.findall(r"INDEX IF NOT EXISTS (\w+)", SCHEMA)}
 
 
 async def apply_schema(pool: asyncpg.Pool) -> None:
@@ -1252,6 +1217,14 @@ async def apply_schema_when_possible(queries: Queries) -> None:
             await asyncio.sleep(1)
 
 
+async def end_with_supervisor() -> None:
+    """Stop a worker whose supervisor has been killed and cannot stop it any more."""
+    if supervisor := multiprocessing.parent_process():
+        while supervisor.is_alive():  # noqa: ASYNC110  nothing tells of its end
+            await asyncio.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def create_app(settings: Settings) -> ASGIApp:
     """Return the application."""
     identity = Identity(settings)
@@ -1279,7 +1252,9 @@ def create_app(settings: Settings) -> ASGIApp:
     app = Starlette(
         routes=ROUTES,
         middleware=[Middleware(Authentication, identity=identity)],
-        exception_handlers=dict.fromkeys((HTTPException, Unavailable, Refused, Exception), error_response),
+        exception_handlers=dict.fromkeys(
+            (HTTPException, Unavailable, TimeoutError, Refused, Exception), error_response
+        ),
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

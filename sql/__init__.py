@@ -27,6 +27,7 @@ MAX_BATCH = 32  # calls
 MAX_DELAY = 0.01  # seconds that calls wait for a batch of their statement that is in flight
 FIRST_PAGE, NEXT_PAGE = 100, 310  # tasks of a list; the first page shares a batch, so it is small
 BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
+LONG_LISTS = 4  # that are put together at once, of more than a page, or they would take much memory
 
 # A statement has one of these forms. WHERE begins with the caller and has no OR, so nothing can widen it; one table is
 # named once, so nothing else is read.
@@ -56,6 +57,7 @@ CREATE_TASK = load("create_task.sql")
 UPDATE_TASK, COMPLETE_TASK, DELETE_TASK = load("update_task.sql"), load("complete_task.sql"), load("delete_task.sql")
 READS = (GET_TASK, GET_TASK_BY_KEY, LIST_TASKS, LIST_TASKS_BY_STATUS)
 CHANGES = (UPDATE_TASK, COMPLETE_TASK, DELETE_TASK)
+SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
 
 
 class Unavailable(Exception):
@@ -74,6 +76,8 @@ OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; a lost rac
 
 def reason(error: BaseException) -> str:
     """Return an exception in one line, for the log."""
+    if isinstance(error, Unavailable):
+        return str(error)
     text = "it took too long" if isinstance(error, TimeoutError) else str(error)
     return ": ".join([type(error).__name__, *text.splitlines()[:1]])
 
@@ -109,6 +113,7 @@ class Queries:
         self.senders: set[asyncio.Task[None]] = set()
         self.half = pool.get_max_size() // 2  # of the connections; the other half is always for batches
         self.alone = asyncio.Semaphore(max(1, self.half))
+        self.long_lists = asyncio.Semaphore(LONG_LISTS)
         self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
@@ -153,6 +158,8 @@ class Queries:
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
+        if not self.schema_applied:
+            raise Unavailable("the schema has not been applied yet")
         call = Call(user_id, parameters, self.loop.create_future(), self.loop.time() + TIMEOUT)
         try:
             with self.span(statement):
@@ -220,7 +227,7 @@ class Queries:
                     continue
                 timer = self.loop.call_later(MAX_DELAY, self._pass_on, statement, calls)
                 async with asyncio.timeout_at(batch[0].deadline):
-                    connection = connection or await self._acquire()
+                    connection = connection or await self.pool.acquire()
                     await self._send_batch(connection, statement, batch)
                 timer.cancel()
                 if len(self.senders) > self.half:
@@ -234,14 +241,6 @@ class Queries:
             if connection:
                 with suppress(Exception):  # the pool has closed it then
                     await self.pool.release(connection, timeout=RELEASE_TIMEOUT)
-
-    async def _acquire(self) -> Any:
-        if not self.schema_applied:
-            raise Unavailable("the schema has not been applied yet")
-        try:
-            return await self.pool.acquire()
-        except Exception as error:
-            raise Unavailable(reason(error)) from None
 
     async def _send_batch(self, connection: Any, statement: str, batch: list[Call]) -> None:
         """Send a statement for the calls, in one message and one transaction, and give each its rows."""

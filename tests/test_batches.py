@@ -82,7 +82,9 @@ async def connect(*arguments: Any, **options: Any) -> Any:
     """Open a connection as the service does; a test may say more about it."""
     settings = {"lock_timeout": LOCK_TIMEOUT, "plan_cache_mode": "force_generic_plan"}
     settings |= options.pop("server_settings", None) or {}
-    return await asyncpg.connect(*arguments, **options, server_settings=settings)
+    connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
+    await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
+    return connection
 
 
 @asynccontextmanager
@@ -337,7 +339,7 @@ def test_nothing_is_sent_where_nobody_waits_any_longer(filled_url: str) -> None:
                 read.cancel()
             Held.gate.set()
             await asyncio.gather(*reads, return_exceptions=True)
-            await until(lambda: not any(queries.in_flight.values()) and not any(queries.waiting.values()))
+            await until(lambda: not queries.senders and not queries.waiting)
             await queries.get_task("user-1", 1)
             assert sizes() == [1, 1]
 
