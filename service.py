@@ -23,6 +23,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -41,7 +42,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -54,6 +55,7 @@ import jwt
 import orjson
 import uvicorn
 from asyncpg import Record
+from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -155,33 +157,12 @@ async def delete_task(request: Request) -> Response:
     return Response(status_code=204)
 
 
-async def ready(request: Request) -> Response:
-    """Check that the database answers within two seconds."""
-    async with asyncio.timeout(2):
-        await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
-    return JSONResponse(HEALTH)
-
-
-class Endpoint(NamedTuple):
-    """A row of the route table, from which the OpenAPI document is drawn too."""
-
-    method: str
-    path: str
-    handler: Callable[[Request], Awaitable[Response]]
-    status: int  # of success
-    schema: str | None  # of the answer's body
-    body: str | None = None  # the schema of the request's body
-    query: Sequence[str] = ()
-
-
-ENDPOINTS = [
-    Endpoint("GET", "/api/tasks", list_tasks, 200, "TaskList", query=["status"]),
-    Endpoint("POST", "/api/tasks", create_task, 201, "Task", "NewTask"),
-    Endpoint("GET", "/api/tasks/{task_id}", get_task, 200, "Task"),
-    Endpoint("PUT", "/api/tasks/{task_id}", update_task, 200, "Task", "TaskChanges"),
-    Endpoint("PATCH", "/api/tasks/{task_id}/complete", complete_task, 200, "Task", "Completion"),
-    Endpoint("DELETE", "/api/tasks/{task_id}", delete_task, 204, None),
-]
+Handler = Callable[[Request], Awaitable[Response]]
+API: dict[str, dict[str, Handler]] = {
+    "/api/tasks": {"GET": list_tasks, "POST": create_task},
+    "/api/tasks/{task_id}": {"GET": get_task, "PUT": update_task, "DELETE": delete_task},
+    "/api/tasks/{task_id}/complete": {"PATCH": complete_task},
+}
 HEALTH = {"status": "ok", "version": VERSION}
 INFO = {"title": TITLE, "description": DESCRIPTION, "version": VERSION}
 ABOUT = INFO | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}
@@ -585,15 +566,12 @@ def under_api(scope: Scope) -> bool:
 LEEWAY = 30  # seconds by which the issuer's clock and ours may differ
 CACHED_TOKENS = 4096  # verifying one costs as much as the rest of a request
 CACHED_TOKEN_LENGTH = 2048  # bytes; longer tokens are not cached, which bounds the memory for them
-
-PUBLIC_KEY_ALGORITHMS = ("EdDSA", "ES256", "ES512", "RS256", "PS256")
+PUBLIC_KEY_ALGORITHMS = ["EdDSA", "ES256", "ES512", "RS256", "PS256"]
 KEYS_REFRESH = 120.0  # seconds between two fetches: a key that the issuer has retired stays valid for up to this long
-KEYS_PAUSE = 2.0  # seconds until the next fetch for a token that names an unknown key, as anybody can make up
+KEYS_PAUSE = 2.0  # seconds between two fetches at least, as anybody can send tokens that name unknown keys
 KEYS_TIMEOUT = 3.0  # seconds that a fetch may take in all
-KEYS_LIMIT = 65_536  # bytes, enough for a hundred keys
-
-# The `aud` of what Better Auth keeps in a cookie: signed with the same keys, and never meant for an API.
-SESSION_CACHE = "better-auth:session-cache"
+KEYS_LIMIT = 65_536  # bytes that are read of an answer, enough for a hundred keys
+storable_user_id = re.compile("[^\0\ud800-\udfff]{1,255}").fullmatch
 
 
 class Identity:
@@ -603,10 +581,10 @@ class Identity:
         self.settings = settings
         self.verified: dict[bytes, tuple[str, float]] = {}  # the user and the expiry of each verified token
         self.keys: dict[str | None, tuple[Any, list[str]]] = {}  # the issuer's, by their `kid`, with their algorithms
-        self.key_set: bytes | None = None  # as the issuer has sent it
+        self.key_set: bytes | None = None  # the text that they were read from
         self.fetching = asyncio.Lock()
-        self.fetch_error = "there was no fetch yet"  # why the last fetch failed; empty if it did not
-        self.next_fetch = 0.0  # the earliest time for an unknown key, by time.monotonic
+        self.fetched_at = -math.inf  # when the last fetch began, or when it failed, by time.monotonic
+        self.fetch_error = ""  # why it failed
         if settings.jwks_url:
             import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
 
@@ -636,37 +614,31 @@ class Identity:
         return user_id
 
     async def verify(self, token: bytes) -> tuple[str, float]:
-        """Return the `sub` and `exp` of a token (RFC 7519, section 7.2); raise PyJWTError, or 503.
-
-        The token's header only tells which key to take; the algorithms go with the key (RFC 8725, section 3.1).
-        """
+        """Return the `sub` and `exp` of a token (RFC 7519, section 7.2); raise PyJWTError, or 503."""
         settings = self.settings
-        audience, issuer = settings.audience, settings.issuer
         keys: list[Any] = settings.secrets
-        algorithms = ["HS256"]
-        unverified = jwt.get_unverified_header(token)
-        if unverified.get("alg") in PUBLIC_KEY_ALGORITHMS and settings.jwks_url:
-            key, algorithms = await self.public_key(unverified.get("kid"))
-            keys = [key]
-            audience, issuer = audience or settings.better_auth, issuer or settings.better_auth
+        algorithms, audience, issuer = ["HS256"], settings.audience, settings.issuer
+        header = jwt.get_unverified_header(token)
+        # It only tells which key to take; the algorithms go with the key (RFC 8725, section 3.1).
+        if settings.jwks_url and header.get("alg") in PUBLIC_KEY_ALGORITHMS:
+            key, algorithms = await self.public_key(header.get("kid"))
+            keys, audience, issuer = [key], audience or settings.better_auth, issuer or settings.better_auth
         options: Any = {
             "require": ["exp", "sub"],
             "verify_aud": audience is not None,
+            "verify_exp": False,  # PyJWT would read "123" and true as numbers
             "enforce_minimum_key_length": True,  # RFC 7518, sections 3.2 and 3.3
-            "verify_exp": False,  # PyJWT reads "123" and true as numbers; see below
         }
         for key in keys:
             with contextlib.suppress(jwt.InvalidSignatureError):
-                claims = jwt.decode(
-                    token, key, algorithms, options, audience=audience, issuer=issuer, leeway=LEEWAY
-                )  # fmt: skip
+                claims = jwt.decode(token, key, algorithms, options, audience=audience, issuer=issuer, leeway=LEEWAY)
                 break
         else:
             raise jwt.InvalidSignatureError
-        user_id, expires, meant_for = claims["sub"], claims["exp"], claims.get("aud")
+        user_id, expires = claims["sub"], claims["exp"]
         if type(expires) not in (int, float) or not -math.inf < expires < math.inf or not storable_user_id(user_id):
             raise jwt.InvalidTokenError
-        if SESSION_CACHE in (meant_for if isinstance(meant_for, list) else [meant_for]):
+        if "better-auth:session-cache" in str(claims.get("aud")):  # a cookie of Better Auth, signed by the same key
             raise jwt.InvalidAudienceError
         if expires <= time.time() - LEEWAY:
             raise jwt.ExpiredSignatureError
@@ -674,11 +646,12 @@ class Identity:
 
     async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
         """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 where nobody can tell."""
+        came = time.monotonic()
         if kid not in self.keys:
             async with self.fetching:  # so that all who wait here wait for one fetch
-                if kid not in self.keys and time.monotonic() > self.next_fetch:
+                # A fetch that began before the token came may have missed a key that is just as new.
+                if kid not in self.keys and self.fetched_at <= came:
                     await self.fetch_keys()
-                    self.next_fetch = time.monotonic() + KEYS_PAUSE
         if kid in self.keys:
             return self.keys[kid]
         if self.fetch_error:
@@ -695,10 +668,15 @@ class Identity:
 
     async def fetch_keys(self) -> None:
         """Replace the keys by those that the issuer has now, or keep them and log why; never raise."""
+        await asyncio.sleep(self.fetched_at + KEYS_PAUSE - time.monotonic())
+        self.fetched_at = time.monotonic()
         url = self.settings.jwks_url or ""
         place = url.partition("?")[0]  # a query may hold a secret
         try:
-            key_set = await self.fetch_key_set(url)
+            async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
+                if answer.status_code != 200:  # a redirect could lead to somebody else's keys
+                    raise ValueError(f"the status is {answer.status_code}")
+                key_set = await anext(answer.aiter_raw(KEYS_LIMIT), b"")  # what is longer is cut, and no JSON
             if key_set != self.key_set:
                 self.keys, self.key_set = read_key_set(key_set), key_set
                 self.verified.clear()  # some may have been verified with a key that is no more
@@ -707,29 +685,11 @@ class Identity:
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
                 log.warning("%s: no keys could be fetched: %s", place, reason(error))
-            self.fetch_error = reason(error)
-            self.next_fetch = time.monotonic() + KEYS_PAUSE
-
-    async def fetch_key_set(self, url: str) -> bytes:
-        """Return what the issuer answers; raise whatever comes of another answer than a short 200."""
-        key_set = b""
-        async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
-            if answer.status_code != 200:  # a redirect could lead to somebody else's keys
-                raise ValueError(f"the status is {answer.status_code}")
-            if "content-encoding" in answer.headers:  # it could become a thousand times as much
-                raise ValueError("the answer is compressed, though it was not to be")
-            async for chunk in answer.aiter_raw():
-                key_set += chunk
-                if len(key_set) > KEYS_LIMIT:
-                    raise ValueError(f"the answer has more than {KEYS_LIMIT} bytes")
-        return key_set
+            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)
 
 
-def read_key_set(text: bytes | bytearray) -> dict[str | None, tuple[Any, list[str]]]:
-    """Return the usable keys of a JSON Web Key Set (RFC 7517, section 5) by their ids, each with its algorithms.
-
-    Raise ValueError, or what else comes of another text, if there are none.
-    """
+def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
+    """Return the usable keys of a JSON Web Key Set (RFC 7517, section 5) by their ids; raise if there are none."""
     keys = {}
     for jwk in json.loads(text)["keys"]:
         with contextlib.suppress(Exception):  # a key that we cannot read may stand beside one that we can
@@ -742,15 +702,8 @@ def read_key_set(text: bytes | bytearray) -> dict[str | None, tuple[Any, list[st
     return keys
 
 
-def storable_user_id(user_id: str) -> bool:
-    return 1 <= len(user_id) <= 255 and not re.search("[\0\ud800-\udfff]", user_id)
-
-
 class Authentication:
-    """ASGI middleware that lets nothing under /api/ through without a valid bearer token (RFC 6750).
-
-    It answers 401 and 503 by itself. The caller, which is the token's `sub`, is `request.user` from there on.
-    """
+    """ASGI middleware that demands a bearer token under /api/ (RFC 6750), and makes its `sub` the `request.user`."""
 
     def __init__(self, app: ASGIApp, identity: Identity) -> None:
         self.app = app
@@ -761,9 +714,7 @@ class Authentication:
         if scope["type"] == "http" and under_api(scope):
             lines = [value for name, value in scope["headers"] if name == b"authorization"]
             try:
-                if len(lines) > 1:
-                    raise ApiError(401, "Invalid token", headers={"WWW-Authenticate": 'Bearer error="invalid_token"'})
-                scope["user"] = await self.identity.caller(lines[0] if lines else b"")
+                scope["user"] = await self.identity.caller(b", ".join(lines))  # two of them are no token
             except ApiError as error:
                 app = await error_response(Request(scope), error)
         await app(scope, receive, send)
@@ -804,27 +755,32 @@ async def docs_file(request: Request) -> Response:
     return Response(read_once(DOCS_FOLDER / name), headers=headers, media_type=DOCS_FILES[name])
 
 
-def operation(endpoint: Endpoint) -> dict[str, Any]:
-    """Return the operation object of OpenAPI 3.1 for a row of the route table."""
-    parameters = [*endpoint.query, {"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(endpoint.method, "If-Match")]
-    statuses = [endpoint.status, {"GET": 304, "POST": 400}.get(endpoint.method, 412), 401, 422, 500, 503]
-    more: dict[str, Any] = {}
-    if "{task_id}" in endpoint.path:
+def operation(path: str, method: str, handler: Handler) -> dict[str, Any]:
+    """Return the operation object of OpenAPI 3.1 for a handler of the route table."""
+    status = {"POST": 201, "DELETE": 204}.get(method, 200)
+    schema = {"list_tasks": "TaskList", "delete_task": None}.get(handler.__name__, "Task")
+    body = {"POST": "NewTask", "PUT": "TaskChanges", "PATCH": "Completion"}.get(method)
+    parameters = [{"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(method, "If-Match")]
+    statuses = {status, {"GET": 304, "POST": 400}.get(method, 412), 401, 422, 500, 503}
+    if "{task_id}" in path:
         parameters += ["task_id"]
-        statuses += [404]
-    if endpoint.method != "GET":
-        statuses += [413, 415]
-    if endpoint.body:
-        more["requestBody"] = {"required": endpoint.body != "Completion", "content": json_content(endpoint.body)}
-        statuses += [400]
-    schemas = {endpoint.status: endpoint.schema, 304: None, 422: "ValidationError"}
+        statuses |= {404}
+    if schema == "TaskList":
+        parameters += ["status"]
+    if method != "GET":
+        statuses |= {413, 415}
+    more: dict[str, Any] = {}
+    if body:
+        more["requestBody"] = {"required": body != "Completion", "content": json_content(body)}
+        statuses |= {400}
+    schemas = {status: schema, 304: None, 422: "ValidationError"}
     return more | {
+        "operationId": handler.__name__,
+        "summary": (handler.__doc__ or "").partition(".")[0],
         "tags": ["tasks"],
         "security": [{"bearer": []}],
-        "operationId": endpoint.handler.__name__,
-        "summary": (endpoint.handler.__doc__ or "").partition(".")[0],
         "parameters": [PARAMETERS[name] | {"name": name} for name in parameters],
-        "responses": {str(status): response(status, schemas.get(status, "Error")) for status in sorted({*statuses})},
+        "responses": {str(status): response(status, schemas.get(status, "Error")) for status in sorted(statuses)},
     }
 
 
@@ -891,12 +847,12 @@ BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "descriptio
 OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": INFO,
-    "paths": {},
+    "paths": {
+        path: {method.lower(): operation(path, method, handler) for method, handler in handlers.items()}
+        for path, handlers in API.items()
+    },
     "components": {"schemas": SCHEMAS, "securitySchemes": {"bearer": BEARER}},
 }
-for row in ENDPOINTS:
-    OPENAPI["paths"].setdefault(row.path, {})[row.method.lower()] = operation(row)
-
 FIXED: dict[str, Response] = {
     "/": JSONResponse(ABOUT),
     "/health": JSONResponse(HEALTH),  # it asks nobody else: a restart would mend no database
@@ -918,13 +874,11 @@ class SettingError(ValueError):
     """A setting that cannot be served with. The message is one sentence for a person and holds no secret."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # a repr would show secrets
 class Settings:
-    database: dict[str, Any] = field(repr=False)  # the arguments of `asyncpg.create_pool` that say how to reach it
+    database: dict[str, Any]  # the arguments of `asyncpg.create_pool` that say how to reach it
     ignored: list[str]  # what stood in the query of DATABASE_URL and asyncpg does not know
-    secrets: list[bytes] = field(
-        repr=False
-    )  # of HS256 tokens, first the one for new tokens; none are accepted if empty
+    secrets: list[bytes]  # of HS256 tokens, first the one for new tokens; none are accepted if empty
     better_auth: str | None  # the origin of the Better Auth server, which is the `iss` and the `aud` of its tokens
     jwks_url: str | None
     audience: str | None
@@ -937,24 +891,10 @@ class Settings:
 
 SECRET_LENGTH = 32  # characters; an HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)
 CORS_DEFAULT = "http://localhost:3000,http://127.0.0.1:3000,http://localhost:5173"
-DEFAULT_PORTS = {"http": 80, "https": 443}
-
-DATABASE_URL = re.compile(
-    r"postgres(ql)?(\+\w+)?://"
-    r"([^@/?#\[\]]*@)?"  # user:password
-    r"((\[[^\]]+\]|[^@/?#:,\[\]]+)(:[0-9]{1,5})?(,(?=[^/?]))?)*"  # host:port, more of them after commas
-    r"(/[^@?#]*)?(\?[^@#]*)?",
-    re.IGNORECASE,
-)
-SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-SESSION_ATTRIBUTES = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
-# What asyncpg may be sent: it takes any other key for a setting of the server, which then refuses the connection.
-ASYNCPG_KEYS = {"host", "port", "user", "password", "dbname", "database", "sslmode", "sslrootcert", "sslcert", "sslkey",
-                "target_session_attrs", "application_name", "options"}  # fmt: skip
-# What is read here instead, or left out without a word: sslmode=verify-full protects as channel binding does.
+HTTP_URL = re.compile(r"(https?://(?:[^\s/?#@:\[\]]+|\[[0-9a-f:.]+\]))(?::([0-9]{1,5}))?(?:[/?#]\S*)?")
+# Keys of DATABASE_URL that are read here, or left out without a word: sslmode=verify-full protects as channel binding.
 OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
             "channel_binding", "gssencmode"}  # fmt: skip
-POOLED = (":6543/", "pgbouncer=true", "statement_cache_size=0")  # Supabase's port; what other clients are told
 
 
 def given_in(environ: Mapping[str, str]) -> dict[str, str]:
@@ -965,17 +905,11 @@ def given_in(environ: Mapping[str, str]) -> dict[str, str]:
 def read_settings(given: Mapping[str, str]) -> Settings:
     """Return the settings; raise SettingError."""
     if "DATABASE_URL" not in given:
-        raise SettingError(
-            "DATABASE_URL is not set: give it the postgresql:// URL of your database, or run `uv run service.py` to"
-            " have an embedded one."
-        )
+        raise SettingError("DATABASE_URL is not set: give it a postgresql:// URL, or start with `uv run service.py`.")
     if "BETTER_AUTH_SECRET_OLD" in given and "BETTER_AUTH_SECRET" not in given:
         raise SettingError("BETTER_AUTH_SECRET is not set: BETTER_AUTH_SECRET_OLD needs its successor beside it.")
     if not {"BETTER_AUTH_URL", "JWKS_URL", "BETTER_AUTH_SECRET"} & given.keys():
-        raise SettingError(
-            "BETTER_AUTH_URL is not set: give it the public URL of your Better Auth server, or set BETTER_AUTH_SECRET"
-            " where that signs its tokens with HS256."
-        )
+        raise SettingError("BETTER_AUTH_URL is not set: it or BETTER_AUTH_SECRET must say whose tokens to accept.")
     secret_names = [name for name in ("BETTER_AUTH_SECRET", "BETTER_AUTH_SECRET_OLD") if name in given]
     for name in secret_names:
         if len(given[name]) < SECRET_LENGTH:
@@ -983,9 +917,8 @@ def read_settings(given: Mapping[str, str]) -> Settings:
     origins = {name: http_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
     better_auth = origins.get("BETTER_AUTH_URL")
     database, ignored = read_database_url(given["DATABASE_URL"])
-    database["max_size"] = whole_number(given, "DATABASE_POOL_SIZE", default=8, most=1000)
     return Settings(
-        database=database,
+        database=database | {"max_size": whole_number(given, "DATABASE_POOL_SIZE", default=8, most=1000)},
         ignored=ignored,
         secrets=[given[name].encode("utf-8", "surrogateescape") for name in secret_names],
         better_auth=better_auth,
@@ -1018,53 +951,44 @@ def read_origin(text: str) -> str:
 
 def http_origin(name: str, url: str) -> str:
     """Return the origin of a URL, as `new URL(url).origin` is in JavaScript: neither a path nor a default port."""
-    url = url.strip()
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or "@" in parts.netloc or not re.fullmatch(r"\S+", url):
+    found = HTTP_URL.fullmatch(url.strip().lower())
+    if not found or int(found[2] or 0) > 65535:
         raise SettingError(f"{name} must be a URL like https://app.example.com.")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, DEFAULT_PORTS[parts.scheme]) else "")
+    default_port = "443" if found[1].startswith("https:") else "80"
+    return f"{found[1]}:{found[2] or default_port}".removesuffix(f":{default_port}")
 
 
 def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments for `asyncpg.create_pool` from a URL as providers write it, and the keys left out of them.
-
-    Where the server's certificate is to be verified, the authorities that the system trusts do so, unless `sslrootcert`
-    names others. `connect_timeout` is in seconds.
-    """
-    url = url.strip()
-    query = dict(parse_qsl(url.partition("?")[2]))
-    ports = [*re.findall(r":([0-9]+)(?=[,/?]|$)", url.rpartition("@")[2]), *query.get("port", "5432").split(",")]
-    if not DATABASE_URL.fullmatch(url) or not all(
-        re.fullmatch("[0-9]{1,5}", each) and 0 < int(each) < 65_536 for each in ports
-    ):
+    """Return the arguments for `asyncpg.create_pool` from a URL as providers write it, and the keys left out of it."""
+    try:
+        parts = urlsplit(url.strip())
+        query = dict(parse_qsl(parts.query))
+        if "ssl" in query:  # as SQLAlchemy's asyncpg dialect and JDBC call it
+            query.setdefault("sslmode", {"true": "require", "false": "disable"}.get(query["ssl"], query["ssl"]))
+        if query.get("sslmode", "").startswith("verify") and query.get("sslrootcert", "system") == "system":
+            query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
+        timeout = whole_number(query, "connect_timeout", default=10, most=999)
+        parts = parts._replace(scheme=parts.scheme.partition("+")[0], query=urlencode(query))
+        nothing_else = dict.fromkeys(inspect.signature(parse_dsn).parameters)
+        addresses, parameters = parse_dsn(**nothing_else | {"dsn": parts.geturl()})
+        ports = [address[1] for address in addresses if isinstance(address, tuple)]
+        # Where a password has one of these unescaped, asyncpg takes a part of it, or the user, for the host.
+        if not re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) or not all(0 < port < 65_536 for port in ports):
+            raise ValueError
+    except Exception:  # whose text may hold the password
         raise SettingError(
-            "DATABASE_URL cannot be read: it must look like postgresql://user:password@host:port/database, with the"
-            " special characters of the password percent-escaped (@ as %40, # as %23, / as %2F, ? as %3F)."
-        )
-    if "ssl" in query:  # as SQLAlchemy's asyncpg dialect and JDBC call it
-        query.setdefault("sslmode", {"true": "require", "false": "disable"}.get(query["ssl"], query["ssl"]))
-    for key, allowed in (("sslmode", SSL_MODES), ("target_session_attrs", SESSION_ATTRIBUTES)):
-        if query.get(key, allowed[0]) not in allowed:
-            raise SettingError(f"The {key} in DATABASE_URL must be one of {', '.join(allowed)}.")
-    if query.get("sslmode", "").startswith("verify") and query.get("sslrootcert", "system") == "system":
-        query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
-    for key in ("sslrootcert", "sslcert", "sslkey"):
-        if key in query and not os.access(query[key], os.R_OK):
-            raise SettingError(f"The file that DATABASE_URL names as {key} cannot be read.")
-    if not re.fullmatch("[1-9][0-9]{0,2}", timeout := query.get("connect_timeout", "10")):
-        raise SettingError("The connect_timeout in DATABASE_URL must be a whole number from 1 to 999.")
-    kept = urlencode({key: value for key, value in query.items() if key in ASYNCPG_KEYS})
-    parts = urlsplit(url)._replace(scheme="postgresql", query=kept)
-    arguments: dict[str, Any] = {"dsn": parts.geturl(), "timeout": int(timeout), "command_timeout": TIMEOUT}
+            "DATABASE_URL cannot be read: it must be like postgresql://user:password@host:port/database, the password"
+            " percent-escaped (@ as %40, # as %23, / as %2F, ? as %3F), and what follows a ? must be right: sslmode,"
+            " sslrootcert, target_session_attrs, connect_timeout."
+        ) from None
+    # asyncpg takes a key that it does not know for a setting of the server, which then refuses the connection.
+    unknown = (parameters.server_settings or {}).keys() - {"application_name", "options"}
+    dsn = parts._replace(query=urlencode({key: query[key] for key in query.keys() - unknown})).geturl()
+    arguments: dict[str, Any] = {"dsn": dsn, "timeout": timeout, "command_timeout": TIMEOUT}
     # A pooler that gives every transaction another server connection cannot keep prepared statements.
-    if any(sign in url for sign in POOLED):
+    if any(sign in url for sign in (":6543/", "pgbouncer=true", "statement_cache_size=0")):  # a port of Supabase's
         arguments["statement_cache_size"] = 0
-    return arguments, sorted(query.keys() - ASYNCPG_KEYS - OUR_KEYS)
+    return arguments, sorted(unknown - OUR_KEYS)
 
 
 # --- The application: the pool, the schema, and the layers -----------------------------------------------------------
@@ -1078,13 +1002,18 @@ SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close: with SHUTDOWN_GRACE 
 LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
 
 
+async def ready(request: Request) -> Response:
+    """Check that the database answers within two seconds."""
+    async with asyncio.timeout(2):
+        await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
+    return JSONResponse(HEALTH)
+
+
 class Resource:
     """The ASGI application of a path: it answers by the handler of the request's method."""
 
-    def __init__(self, path: str) -> None:
-        self.handlers = {each.method: each.handler for each in ENDPOINTS if each.path == path}
-        if "GET" in self.handlers:
-            self.handlers["HEAD"] = self.handlers["GET"]
+    def __init__(self, handlers: dict[str, Handler]) -> None:
+        self.handlers = handlers | ({"HEAD": handlers["GET"]} if "GET" in handlers else {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handler = self.handlers.get(scope["method"])
@@ -1095,9 +1024,9 @@ class Resource:
         await response(scope, receive, send)
 
 
-ROUTES = [Route(path, Resource(path)) for path in dict.fromkeys(each.path for each in ENDPOINTS)]
-ROUTES += [Route("/health/ready", ready), *[Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]]
+ROUTES = [Route(path, Resource(handlers)) for path, handlers in API.items()]
 ROUTES += [Route(path, response, methods=["GET"]) for path, response in FIXED.items()]
+ROUTES += [Route("/health/ready", ready), *[Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]]
 
 
 def queries(request: Request) -> Queries:

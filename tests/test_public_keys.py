@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import socket
-import subprocess
 import threading
 import time
 import uuid
@@ -24,9 +23,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+import service
 from tests.postgres import free_port
-from tests.service_process import ROOT, SECRET, Client, Service, environment, token
-from tests.test_settings import PYTHON, URL, run
+from tests.service_process import SECRET, Client, Service, token
+from tests.test_settings import PYTHON, refusal, run
 from tests.test_tokens import (
     BEYOND_LEEWAY,
     OLD_SECRET,
@@ -311,6 +311,17 @@ def http(database: str, issuer: Issuer) -> Iterator[dict[str, Client]]:
         yield dict(zip(settings, clients, strict=True))
 
 
+def assert_all_refused(client: Client, *tokens: str) -> None:
+    """Assert that each token is refused, all at once: those that name unknown keys wait for the next fetch."""
+
+    def assert_one_refused(sent: str) -> None:
+        with Client(str(client.base_url)) as own:  # one is not as safe to share between threads as it should be
+            assert_refused(ask(own, sent))
+
+    with ThreadPoolExecutor(len(tokens)) as threads:
+        list(threads.map(assert_one_refused, tokens))
+
+
 # --- Tokens that are accepted ----------------------------------------------------------------------------------------
 
 
@@ -471,23 +482,22 @@ def test_a_key_that_is_for_encryption_verifies_nothing(http: dict[str, Client], 
 
 
 def test_a_token_by_a_key_that_is_not_listed_is_refused(http: dict[str, Client], issuer: Issuer) -> None:
-    for kid in (STRANGER.kid, KEY.kid, "", None, 7, [KEY.kid], {"kid": KEY.kid}):
-        assert_refused(ask(http["keys"], STRANGER.sign(issuer.claims(new_user()), kid=kid)))
+    kids: list[Any] = [STRANGER.kid, KEY.kid, "", None, 7, [KEY.kid], {"kid": KEY.kid}]
+    assert_all_refused(http["keys"], *(STRANGER.sign(issuer.claims(new_user()), kid=kid) for kid in kids))
 
 
 def test_a_token_names_its_key(http: dict[str, Client], issuer: Issuer) -> None:
-    for kid in (None, "", [KEY.kid], KEY.kid[:-1], KEY.kid.upper(), f" {KEY.kid}"):
-        assert_refused(ask(http["keys"], KEY.sign(issuer.claims(new_user()), kid=kid)))
+    kids: list[Any] = [None, "", [KEY.kid], KEY.kid[:-1], KEY.kid.upper(), f" {KEY.kid}"]
+    assert_all_refused(http["keys"], *(KEY.sign(issuer.claims(new_user()), kid=kid) for kid in kids))
 
 
 def test_the_keys_that_a_token_brings_along_are_not_looked_at(http: dict[str, Client], issuer: Issuer) -> None:
     with contextlib.closing(Issuer(STRANGER)) as elsewhere:
         url = f"{elsewhere.url}{BY_DEFAULT}"
         header: dict[str, Any] = {"jwk": STRANGER.jwk, "jku": url, "x5u": url, "x5c": ["MIIB"]}
-        for kid in (STRANGER.kid, KEY.kid, url):
-            for origin in (issuer.url, elsewhere.url):
-                payload = issuer.claims(new_user(), iss=origin)
-                assert_refused(ask(http["keys"], STRANGER.sign(payload, kid=kid, **header)))
+        payloads = [issuer.claims(new_user(), iss=origin) for origin in (issuer.url, elsewhere.url)]
+        tokens = [STRANGER.sign(each, kid=kid, **header) for each in payloads for kid in (STRANGER.kid, KEY.kid, url)]
+        assert_all_refused(http["keys"], *tokens)
         assert elsewhere.paths == []
 
 
@@ -616,7 +626,6 @@ MOODS: dict[str, dict[str, Answer | None]] = {
         "no HTTP": raw(b"SSH-2.0-OpenSSH_9.6\r\n" + FORGED),
         "ends too early": page(FORGED, Content_Length="9999"),
         "50 megabytes in a few": lambda request: page(gzip.compress(PADDED), Content_Encoding="gzip")(request),
-        "no gzip": page(FORGED, Content_Encoding="gzip"),
     },
     "no keys": {
         "no key": page(key_set()),
@@ -718,6 +727,16 @@ def test_a_new_key_is_accepted_from_the_first_request_on_and_the_old_one_while_i
         assert len(issuer.paths) == 2
 
 
+def test_a_key_made_up_by_somebody_keeps_the_next_new_one_out_of_no_request(database: str) -> None:
+    with issuers_and_services(database, page(key_set(KEY))) as [(issuer, service)], service.client() as client:
+        for algorithm in ("ES256", "RS256"):
+            assert_refused(ask(client, by_an_unknown_key(issuer)))
+            issuer.publish(KEY, KEYS[algorithm])
+            user = new_user()
+            assert caller(client, KEYS[algorithm].sign(issuer.claims(user))) == user
+        assert len(issuer.paths) == 5
+
+
 def test_a_retired_key_ends_for_every_token_when_the_keys_are_fetched_again(database: str) -> None:
     old, new = KEYS["EdDSA"], KEYS["ES256"]
     with (
@@ -801,21 +820,20 @@ def test_a_flood_of_unknown_keys_neither_reaches_the_issuer_nor_keeps_a_new_key_
 
         def flood() -> None:
             with service.client() as client:  # which is not as safe to share between threads as it should be
-                while next(sent) < 1000 or not enough.is_set():
+                while next(sent) < 200 or not enough.is_set():
                     assert_refused(ask(client, by_an_unknown_key(issuer)))
 
-        def is_accepted() -> bool:
-            """Return whether the new key is, and prove that what needs no new key works all the while."""
-            for text in (KEY.sign(issuer.claims(user)), token(user)):
-                assert ask(client, text).json() == {"items": []}
-            return ask(client, accepted).status_code == 200
-
         stack.callback(enough.set)
-        started, accepted = time.monotonic(), new.sign(issuer.claims(user))
+        started = time.monotonic()
         floods = [threads.submit(flood) for _ in range(50)]
         wait_until(lambda: len(issuer.paths) == 2, HEALING)
         issuer.publish(KEY, new)
-        wait_until(is_accepted, HEALING)
+        asked = time.monotonic()
+        for text in (KEY.sign(issuer.claims(user)), token(user)):
+            assert ask(client, text).json() == {"items": []}
+        assert time.monotonic() - asked < PROMPT, "what needs no new key does not wait"
+        assert ask(client, new.sign(issuer.claims(user))).json() == {"items": []}
+        assert time.monotonic() - asked < HEALING
         enough.set()
         for done in floods:
             done.result()
@@ -850,7 +868,7 @@ def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
                 assert ask(client, text).status_code == 200
             assert time.monotonic() - started < PROMPT
             time.sleep(0.05)
-        assert time.monotonic() - asked < 5
+        assert time.monotonic() - asked < 7  # a pause of 2 seconds, a fetch of 3, and a busy machine
         for answer in waiting:
             answer.result()
     assert issuer.most_at_once == 1
@@ -869,30 +887,20 @@ def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
         ("JWKS_URL", "https://user:hunterswordfish@auth.example.com/keys"),
     ],
 )
-def test_a_bad_url_stops_the_service_with_one_sentence(name: str, url: str) -> None:
-    stopped = run(PYTHON, **{name: url})
-    assert stopped.returncode != 0
-    assert (stopped.stdout, stopped.stderr) == ("", f"error: {name} must be a URL like https://app.example.com.\n")
+def test_a_bad_url_is_refused_in_one_sentence(name: str, url: str) -> None:
+    assert refusal(**{name: url}) == f"{name} must be a URL like https://app.example.com."
 
 
 def origins(*urls: str) -> list[str]:
     """Return what the service reads as the origins of URLs, or as no URL."""
-    code = """
-import json, service, sys
 
-def origin(url):
-    try:
-        return service.http_origin("X", url)
-    except service.SettingError as error:
-        return str(error)
+    def origin(url: str) -> str:
+        try:
+            return service.http_origin("X", url)
+        except service.SettingError as error:
+            return str(error)
 
-print(json.dumps([origin(url) for url in sys.argv[1:]]))
-"""
-    settings = environment(DATABASE_URL=URL, BETTER_AUTH_SECRET=SECRET)
-    command = ["python", "-c", code, *urls]
-    printed = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=True).stdout
-    read: list[str] = json.loads(printed)
-    return read
+    return [origin(url) for url in urls]
 
 
 def test_an_origin_is_read_as_browsers_read_it() -> None:

@@ -37,14 +37,14 @@ PRIVATE_KEYS: dict[str, Any] = {
 }
 
 
-def key_set() -> bytearray:
+def key_set() -> bytes:
     """Return the public keys as an issuer publishes them."""
     keys = []
     for algorithm, key in PRIVATE_KEYS.items():
         if algorithm != "HS256":
             jwk = jwt.get_algorithm_by_name(algorithm).to_jwk(key.public_key(), as_dict=True)
             keys.append(jwk | {"kid": algorithm, "alg": algorithm})
-    return bytearray(json.dumps({"keys": keys}), "ascii")
+    return json.dumps({"keys": keys}).encode()
 
 
 def headers(algorithm: str) -> list[bytes]:
