@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import asyncpg
@@ -354,6 +354,7 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # a list beyond is streamed
+LONG_LISTS = 4  # of more than a page that are put together at once, each in up to a megabyte
 STREAMED_TASKS = 50  # of which the JSON is made at once
 Texts = Mapping[str, str] | None
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
@@ -437,8 +438,8 @@ def task_response(row: Record, status: int = 200, headers: Texts = None) -> Resp
 
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
-    database = queries(request)
-    pages, text, count = database.list_tasks(request.user, completed), bytearray(b'{"items":['), 0
+    pages = queries(request).list_tasks(request.user, completed)
+    text, count = bytearray(b'{"items":['), 0
     async with contextlib.AsyncExitStack() as stack:
         async for page in pages:
             text += (b"," if count and page else b"") + to_json(page)
@@ -447,7 +448,7 @@ async def list_response(request: Request, completed: bool | None) -> Response:
                 break
             if count == FIRST_PAGE:  # there may be more
                 await stack.enter_async_context(asyncio.timeout(TIMEOUT))
-                await stack.enter_async_context(database.long_lists)
+                await stack.enter_async_context(request.state.long_lists)
         else:
             text += b"]}"
             # The ETag is of the content, so it is right whatever has happened to the list.
@@ -755,33 +756,34 @@ async def docs_file(request: Request) -> Response:
     return Response(read_once(DOCS_FOLDER / name), headers=headers, media_type=DOCS_FILES[name])
 
 
-def operation(path: str, method: str, handler: Handler) -> dict[str, Any]:
-    """Return the operation object of OpenAPI 3.1 for a handler of the route table."""
-    status = {"POST": 201, "DELETE": 204}.get(method, 200)
-    schema = {"list_tasks": "TaskList", "delete_task": None}.get(handler.__name__, "Task")
-    body = {"POST": "NewTask", "PUT": "TaskChanges", "PATCH": "Completion"}.get(method)
-    parameters = [{"GET": "If-None-Match", "POST": "Idempotency-Key"}.get(method, "If-Match")]
-    statuses = {status, {"GET": 304, "POST": 400}.get(method, 412), 401, 422, 500, 503}
-    if "{task_id}" in path:
-        parameters += ["task_id"]
-        statuses |= {404}
-    if schema == "TaskList":
-        parameters += ["status"]
-    if method != "GET":
-        statuses |= {413, 415}
-    more: dict[str, Any] = {}
-    if body:
-        more["requestBody"] = {"required": body != "Completion", "content": json_content(body)}
-        statuses |= {400}
+# What each handler answers and takes: the status and the schema of its success, the schema of the body, the parameters,
+# and the statuses beside those that all have.
+OPERATIONS: dict[Handler, tuple[int, str | None, str | None, list[str], set[int]]] = {
+    list_tasks: (200, "TaskList", None, ["status", "If-None-Match"], {304}),
+    create_task: (201, "Task", "NewTask", ["Idempotency-Key"], {400, 413, 415}),
+    get_task: (200, "Task", None, ["task_id", "If-None-Match"], {304, 404}),
+    update_task: (200, "Task", "TaskChanges", ["task_id", "If-Match"], {400, 404, 412, 413, 415}),
+    complete_task: (200, "Task", "Completion", ["task_id", "If-Match"], {400, 404, 412, 413, 415}),
+    delete_task: (204, None, None, ["task_id", "If-Match"], {404, 412, 413, 415}),
+}
+
+
+def operation(handler: Handler) -> dict[str, Any]:
+    """Return the operation object of OpenAPI 3.1."""
+    status, schema, body, parameters, others = OPERATIONS[handler]
     schemas = {status: schema, 304: None, 422: "ValidationError"}
-    return more | {
+    statuses = sorted({status, 401, 422, 500, 503} | others)
+    document: dict[str, Any] = {
         "operationId": handler.__name__,
         "summary": (handler.__doc__ or "").partition(".")[0],
         "tags": ["tasks"],
         "security": [{"bearer": []}],
         "parameters": [PARAMETERS[name] | {"name": name} for name in parameters],
-        "responses": {str(status): response(status, schemas.get(status, "Error")) for status in sorted(statuses)},
+        "responses": {str(each): response(each, schemas.get(each, "Error")) for each in statuses},
     }
+    if body:
+        document["requestBody"] = {"required": body != "Completion", "content": json_content(body)}
+    return document
 
 
 def response(status: int, schema: str | None) -> dict[str, Any]:
@@ -848,7 +850,7 @@ OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": INFO,
     "paths": {
-        path: {method.lower(): operation(path, method, handler) for method, handler in handlers.items()}
+        path: {method.lower(): operation(handler) for method, handler in handlers.items()}
         for path, handlers in API.items()
     },
     "components": {"schemas": SCHEMAS, "securitySchemes": {"bearer": BEARER}},
@@ -1159,7 +1161,7 @@ def create_app(settings: Settings) -> ASGIApp:
     identity = Identity(settings)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Queries]]:
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         if settings.ignored:
             log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(settings.ignored))
         pool = await create_pool(settings)
@@ -1171,7 +1173,7 @@ def create_app(settings: Settings) -> ASGIApp:
         # Left alone, the garbage collector looks at all the modules again and again, for a large part of each request.
         gc.freeze()
         gc.set_threshold(50_000)
-        yield {"queries": statements}
+        yield {"queries": statements, "long_lists": asyncio.Semaphore(LONG_LISTS)}
         for task in (schema, *others):
             task.cancel()
         with contextlib.suppress(TimeoutError):

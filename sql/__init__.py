@@ -1,7 +1,7 @@
 """The query module: every statement about tasks is a file of its own, whose `$1` is the caller.
 
 Importing it raises ValueError for a file that is not bound to `$1`. A statement that could not be carried out raises
-Unavailable or Refused; any other exception is a bug. Timestamps are microseconds since 2000, as PostgreSQL sends them.
+Unavailable, TimeoutError or Refused; any other exception is a bug. A timestamp is in microseconds since 2000.
 """
 
 import asyncio
@@ -23,11 +23,9 @@ NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "up
 TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
-MAX_BATCH = 32  # calls
-MAX_DELAY = 0.01  # seconds that calls wait for a batch of their statement that is in flight
+MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds that others wait for a batch of their statement in flight
 FIRST_PAGE, NEXT_PAGE = 100, 310  # tasks of a list; the first page shares a batch, so it is small
 BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
-LONG_LISTS = 4  # that are put together at once, of more than a page, or they would take much memory
 
 # A statement has one of these forms. WHERE begins with the caller and has no OR, so nothing can widen it; one table is
 # named once, so nothing else is read.
@@ -51,12 +49,10 @@ def load(name: str) -> str:
     return statement.replace("{task}", ", ".join(NAMES))
 
 
-GET_TASK, GET_TASK_BY_KEY = load("get_task.sql"), load("get_task_by_key.sql")
+GET_TASK, GET_TASK_BY_KEY, CREATE_TASK = load("get_task.sql"), load("get_task_by_key.sql"), load("create_task.sql")
 LIST_TASKS, LIST_TASKS_BY_STATUS = load("list_tasks.sql"), load("list_tasks_by_status.sql")
-CREATE_TASK = load("create_task.sql")
 UPDATE_TASK, COMPLETE_TASK, DELETE_TASK = load("update_task.sql"), load("complete_task.sql"), load("delete_task.sql")
 READS = (GET_TASK, GET_TASK_BY_KEY, LIST_TASKS, LIST_TASKS_BY_STATUS)
-CHANGES = (UPDATE_TASK, COMPLETE_TASK, DELETE_TASK)
 SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
 
 
@@ -70,8 +66,8 @@ class Refused(Exception):
 
 # SQLSTATEs (PostgreSQL, Appendix A). 42P01 and 42501: the table or its grants are being restored.
 TRANSIENT, INVALID = "(08|25|28|3D|40|53|55|57|58)...|42P01|42501|26000|42P05", "(22|23)...|P0001"
-NOT_YET = "55P03|40001|40P01"  # a lock, a deadlock or a serialization failure: nothing was done, and may be later
-OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; a lost race for a key may be its 23505
+# A lock, a deadlock, a serialization failure, and a lost race for a key where version 1.0 runs too: not done yet.
+NOT_YET = "55P03|40001|40P01|23505 task_user_id_idempotency_key_idx"
 
 
 def reason(error: BaseException) -> str:
@@ -82,16 +78,19 @@ def reason(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *text.splitlines()[:1]])
 
 
+def state(error: Exception) -> str:
+    """Return the SQLSTATE of an error, and the constraint that refuses it."""
+    return f"{getattr(error, 'sqlstate', None) or ''} {getattr(error, 'constraint_name', None) or ''}"
+
+
 def classified(error: Exception) -> Exception:
     """Return what a caller is told of an error: Unavailable, Refused or, of a bug, the error itself."""
-    sqlstate = getattr(error, "sqlstate", None) or ""
+    sqlstate, _, constraint = state(error).partition(" ")
     if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError is one too
         return Unavailable(reason(error))
     # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
     taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
-    if re.fullmatch(INVALID, sqlstate) and not taken_id:
-        return Refused(getattr(error, "constraint_name", None) or "")
-    return error
+    return Refused(constraint) if re.fullmatch(INVALID, sqlstate) and not taken_id else error
 
 
 class Call(NamedTuple):
@@ -106,14 +105,13 @@ class Queries:
 
     def __init__(self, pool: Pool, span: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
         self.pool = pool
-        self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.span = span
+        self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.schema_applied = False  # until it is, all methods raise Unavailable
         self.waiting: dict[str, list[Call]] = {}  # for a sender, by their statement
         self.senders: set[asyncio.Task[None]] = set()
         self.half = pool.get_max_size() // 2  # of the connections; the other half is always for batches
         self.alone = asyncio.Semaphore(max(1, self.half))
-        self.long_lists = asyncio.Semaphore(LONG_LISTS)
         self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
@@ -144,61 +142,54 @@ class Queries:
     # A change applies to these versions of a task, its updated_at, or to any. None means no such task or version.
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:
         """Change a task, given for each field a pair: whether to set it, and to what."""
-        return await self._send_one(UPDATE_TASK, user_id, task_id, versions, *sum(changes, ()))
+        return await self._change(UPDATE_TASK, user_id, task_id, versions, *sum(changes, ()))
 
     async def complete_task(self, user_id: str, task_id: int, versions: Versions, completed: bool | None) -> Task:
         """Set `completed`, or toggle it where None is given."""
-        return await self._send_one(COMPLETE_TASK, user_id, task_id, versions, completed)
+        return await self._change(COMPLETE_TASK, user_id, task_id, versions, completed)
 
     async def delete_task(self, user_id: str, task_id: int, versions: Versions) -> Task:
-        return await self._send_one(DELETE_TASK, user_id, task_id, versions)
+        return await self._change(DELETE_TASK, user_id, task_id, versions)
 
-    async def _send_one(self, statement: str, user_id: str, *parameters: object) -> Task:
-        return next(iter(await self._send(statement, user_id, *parameters)), None)
+    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Task:
+        # A process sends changes of one task one at a time, or each would hold a connection while it waits.
+        lock = self.task_locks.setdefault((user_id, task_id), asyncio.Lock())
+        busy = lock.locked()
+        async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), lock:
+            return await self._send_one(statement, user_id, task_id, *parameters, alone=busy)
+
+    async def _send_one(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Task:
+        return next(iter(await self._send(statement, user_id, *parameters, alone=alone)), None)
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
-        call = Call(user_id, parameters, self.loop.create_future(), self.loop.time() + TIMEOUT)
-        try:
-            with self.span(statement):
-                if statement not in CHANGES:
-                    return await self._send_until_done(statement, call, alone)
-                # A process sends changes of one task one at a time, or each would hold a connection while it waits.
-                lock = self.task_locks.setdefault((user_id, parameters[0]), asyncio.Lock())
-                busy = lock.locked()  # who has to wait goes alone then, because its time may be nearly over
-                async with asyncio.timeout_at(call.deadline) if busy else nullcontext(), lock:
-                    return await self._send_until_done(statement, call, busy)
-        except Exception as error:
-            raise classified(error) from None
-
-    async def _send_until_done(self, statement: str, call: Call, alone: bool) -> list[Record]:
-        # Sent again, alone: a call of a batch that the database refused, one that met a lock, and once a read whose
-        # connection was lost.
-        retried, pause = statement not in READS, 0.0
-        while True:
-            try:
-                if alone:
-                    async with asyncio.timeout_at(call.deadline):
-                        await asyncio.sleep(pause)
-                        async with self.alone:
-                            await self._send_calls(statement, [call])
-                elif statement in self.waiting:
-                    self.waiting[statement].append(call)
-                else:
-                    self._start_sender(statement, [call])
-                return await call.rows
-            except ConnectionError:
-                if retried:
-                    raise
-                retried = True
-            except PostgresError as error:
-                lost_race = getattr(error, "constraint_name", None) == OLD_KEY_INDEX
-                if alone and not lost_race and not re.fullmatch(NOT_YET, error.sqlstate or ""):
-                    raise
-                pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
-            alone, call = True, call._replace(rows=self.loop.create_future())
+        deadline, pause, may_be_lost = self.loop.time() + TIMEOUT, 0.0, statement in READS
+        with self.span(statement):
+            while True:
+                call = Call(user_id, parameters, self.loop.create_future(), deadline)
+                try:
+                    if alone:
+                        async with asyncio.timeout_at(deadline):
+                            await asyncio.sleep(pause)
+                            async with self.alone:
+                                await self._send_calls(statement, [call])
+                    elif statement in self.waiting:
+                        self.waiting[statement].append(call)
+                    else:
+                        self._start_sender(statement, [call])
+                    return await call.rows
+                except Exception as error:
+                    # Again, alone, goes a call of a batch that was refused, one that met a lock, and once a read that
+                    # was lost with its connection.
+                    refused = isinstance(error, PostgresError) and (not alone or re.match(NOT_YET, state(error)))
+                    lost = isinstance(error, ConnectionError) and may_be_lost
+                    if not refused and not lost:
+                        raise classified(error) from None
+                    may_be_lost = may_be_lost and not lost
+                    pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
+                    alone = True
 
     def _start_sender(self, statement: str, calls: list[Call]) -> None:
         self.waiting[statement] = calls  # to which others are appended
@@ -216,15 +207,11 @@ class Queries:
 
     async def _send_calls(self, statement: str, calls: list[Call]) -> None:
         """Send calls in batches over one connection, and take them off the list, until it is empty or a batch fails."""
-        batch: list[Call] = []
         connection: Any = None  # a service.Connection
         try:
             while calls:
                 await asyncio.sleep(0)  # so that requests that have come meanwhile are in the batch
-                batch = [call for call in calls[:MAX_BATCH] if not call.rows.done()]  # the others were cancelled
-                del calls[:MAX_BATCH]
-                if not batch:
-                    continue
+                batch, calls[:MAX_BATCH] = calls[:MAX_BATCH], []
                 timer = self.loop.call_later(MAX_DELAY, self._pass_on, statement, calls)
                 async with asyncio.timeout_at(batch[0].deadline):
                     connection = connection or await self.pool.acquire()
@@ -234,7 +221,7 @@ class Queries:
                     break  # others may wait for the connection
         except Exception as error:
             for call in batch:
-                if not call.rows.done():
+                if not call.rows.done():  # it is where the caller was cancelled
                     call.rows.set_exception(error)
         finally:
             self._pass_on(statement, calls)

@@ -36,6 +36,7 @@ from tests.test_batches import (
 )
 
 StartService = Callable[..., Service]
+CHANGES = (sql.UPDATE_TASK, sql.COMPLETE_TASK, sql.DELETE_TASK)
 
 
 @asynccontextmanager
@@ -135,7 +136,7 @@ class Counted(Spy):
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         calls = list(args)
-        tasks = [(user_id, parameters[0]) for user_id, _, *parameters in calls if query in sql.CHANGES]
+        tasks = [(user_id, parameters[0]) for user_id, _, *parameters in calls if query in CHANGES]
         goes_alone = len(tasks) == 1
         Counted.alone += goes_alone
         self.in_flight.update(tasks)
