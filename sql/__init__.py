@@ -1,7 +1,7 @@
 """The query module: every statement about tasks is a file of its own, whose `$1` is the caller.
 
 Importing it raises ValueError for a file that is not bound to `$1`. A statement that could not be carried out raises
-Unavailable, TimeoutError or Refused; any other exception is a bug. A timestamp is in microseconds since 2000.
+Unavailable or Refused; any other exception is a bug. A timestamp is in microseconds since 2000.
 """
 
 import asyncio
@@ -27,8 +27,7 @@ MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds that others wait for a batch o
 FIRST_PAGE, NEXT_PAGE = 100, 310  # tasks of a list; the first page shares a batch, so it is small
 BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
 
-# A statement has one of these forms. WHERE begins with the caller and has no OR, so nothing can widen it; one table is
-# named once, so nothing else is read.
+# WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
 BOUND = (
     r"(SELECT [^()]+ FROM task|UPDATE task SET .+|DELETE FROM task) WHERE user_id = \$1 AND .+"
     r"|INSERT INTO task \(user_id, [^()]+\) VALUES \(\$1, [^()]+\) RETURNING [^()]+"
@@ -66,8 +65,8 @@ class Refused(Exception):
 
 # SQLSTATEs (PostgreSQL, Appendix A). 42P01 and 42501: the table or its grants are being restored.
 TRANSIENT, INVALID = "(08|25|28|3D|40|53|55|57|58)...|42P01|42501|26000|42P05", "(22|23)...|P0001"
-# A lock, a deadlock, a serialization failure, and a lost race for a key where version 1.0 runs too: not done yet.
-NOT_YET = "55P03|40001|40P01|23505 task_user_id_idempotency_key_idx"
+NOT_YET = "55P03|40001|40P01"  # a lock, a deadlock or a serialization failure: nothing was done, and may be later
+OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; a lost race for a key may be its 23505
 
 
 def reason(error: BaseException) -> str:
@@ -78,19 +77,16 @@ def reason(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *text.splitlines()[:1]])
 
 
-def state(error: Exception) -> str:
-    """Return the SQLSTATE of an error, and the constraint that refuses it."""
-    return f"{getattr(error, 'sqlstate', None) or ''} {getattr(error, 'constraint_name', None) or ''}"
-
-
 def classified(error: Exception) -> Exception:
     """Return what a caller is told of an error: Unavailable, Refused or, of a bug, the error itself."""
-    sqlstate, _, constraint = state(error).partition(" ")
+    sqlstate = getattr(error, "sqlstate", None) or ""
     if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError is one too
         return Unavailable(reason(error))
     # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
     taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
-    return Refused(constraint) if re.fullmatch(INVALID, sqlstate) and not taken_id else error
+    if re.fullmatch(INVALID, sqlstate) and not taken_id:
+        return Refused(getattr(error, "constraint_name", None) or "")
+    return error
 
 
 class Call(NamedTuple):
@@ -155,8 +151,11 @@ class Queries:
         # A process sends changes of one task one at a time, or each would hold a connection while it waits.
         lock = self.task_locks.setdefault((user_id, task_id), asyncio.Lock())
         busy = lock.locked()
-        async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), lock:
-            return await self._send_one(statement, user_id, task_id, *parameters, alone=busy)
+        try:
+            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), lock:
+                return await self._send_one(statement, user_id, task_id, *parameters, alone=busy)
+        except TimeoutError as error:
+            raise classified(error) from None
 
     async def _send_one(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Task:
         return next(iter(await self._send(statement, user_id, *parameters, alone=alone)), None)
@@ -183,9 +182,9 @@ class Queries:
                 except Exception as error:
                     # Again, alone, goes a call of a batch that was refused, one that met a lock, and once a read that
                     # was lost with its connection.
-                    refused = isinstance(error, PostgresError) and (not alone or re.match(NOT_YET, state(error)))
+                    not_yet = OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, getattr(error, "sqlstate", ""))
                     lost = isinstance(error, ConnectionError) and may_be_lost
-                    if not refused and not lost:
+                    if not lost and not (isinstance(error, PostgresError) and (not_yet or not alone)):
                         raise classified(error) from None
                     may_be_lost = may_be_lost and not lost
                     pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0

@@ -71,7 +71,7 @@ def host(request: pytest.FixtureRequest) -> str:
 def docs(host: str, context: BrowserContext, service: Service) -> Visit:
     """/docs with its operations on the page."""
     visit = Visit(context, f"http://{host}:{service.port}/docs")
-    expect(visit.page.locator(".opblock")).to_have_count(9)
+    expect(visit.page.locator(".opblock")).to_have_count(6)
     return visit
 
 

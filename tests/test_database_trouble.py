@@ -989,7 +989,7 @@ def test_a_database_of_another_encoding_is_a_503_and_told_in_the_log(
     with service.client("alice") as alice, service.client() as nobody:
         assert_all_unavailable(service, alice, "the schema has not been applied yet")
         assert_only_the_database_is_missed(alice, nobody)
-    reason = "waiting for the database: Unavailable: the encoding of the database is LATIN1, and must be UTF8"
+    reason = "waiting for the database: the encoding of the database is LATIN1, and must be UTF8"
     assert service.log.splitlines().count(reason) == 1
     assert execute(url, "SELECT to_regclass('task')") == [(None,)]
 

@@ -164,7 +164,7 @@ def check_delete(service: Service) -> None:
 def check_list(service: Service, *statuses: str) -> None:
     """Check lists that fill one page and lists that fill several, with tasks of one moment across their borders."""
     with Scene(service) as scene:
-        scene.insert_many(scene.users[2], 720)
+        scene.insert_many(scene.users[2], 900)
         before = scene.tasks()
         for user_id in scene.users:
             own = [task for task in before.values() if task["user_id"] == user_id]

@@ -31,9 +31,6 @@ STATUSES = {
     "PUT /api/tasks/{task_id}": {200, 404, 412} | ANY_TASK_ENDPOINT | WITH_BODY,
     "DELETE /api/tasks/{task_id}": {204, 404, 412} | {413, 415} | ANY_TASK_ENDPOINT,
     "PATCH /api/tasks/{task_id}/complete": {200, 404, 412} | ANY_TASK_ENDPOINT | WITH_BODY,
-    "GET /": {200},
-    "GET /health": {200},
-    "GET /health/ready": {200, 503},
 }
 CONDITIONS = {
     "GET": "If-None-Match",

@@ -342,7 +342,7 @@ def test_a_database_that_is_not_in_utf8_is_refused_in_a_sentence(
     try:
         assert_one_sentence(migrate(url), "the encoding of the database is LATIN1, and must be UTF8")
         service = start_service(url)
-        assert "waiting for the database: Unavailable: the encoding of the database is LATIN1" in service.log
+        assert "waiting for the database: the encoding of the database is LATIN1" in service.log
         assert "Traceback" not in service.log
         assert_unavailable(service)
         assert execute(url, "SELECT to_regclass('task')") == [(None,)]

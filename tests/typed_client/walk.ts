@@ -92,10 +92,3 @@ for (const refused of [
 const deleted = await client.DELETE('/api/tasks/{task_id}', { params: { path: task } })
 assert.equal(deleted.response.status, 204)
 assert.equal(deleted.data, undefined)
-
-// What needs no token.
-const about = await client.GET('/')
-assert.deepEqual([about.data?.title, about.data?.docs_url], ['Task service', '/docs'])
-for (const health of [await client.GET('/health'), await client.GET('/health/ready')]) {
-  assert.equal(health.data?.status, 'ok')
-}
