@@ -92,7 +92,23 @@ FIELDS: dict[str, dict[str, Any]] = {
     "completed": {"type": "boolean", "examples": [True]},
 }
 DEFAULTS = {"completed": False}  # of fields that a new task comes without; null for the others
+EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
 STATUSES = {"all": None, "pending": False, "completed": True}  # the value of completed that each asks for
+
+
+def to_task(
+    id: int, user_id: str, title: str, description: Any, completed: bool, created_at: int, updated_at: int, *_: Any
+) -> dict[str, Any]:
+    """Return a task as clients see it, from the columns of its row; orjson writes times as `isoformat` does."""
+    return {
+        "id": id,
+        "user_id": user_id,
+        "title": title,
+        "description": description,
+        "completed": completed,
+        "created_at": EPOCH + MICROSECOND * created_at,
+        "updated_at": EPOCH + MICROSECOND * updated_at,
+    }
 
 
 async def list_tasks(request: Request) -> Response:
@@ -347,7 +363,7 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # a list beyond is streamed
-LONG_LISTS = 4  # of more than a page that are put together at once, each in up to a megabyte
+LONG_LISTS = 3  # of more than a page that are put together at once, each in up to a megabyte
 STREAMED_TASKS = 50  # of which the JSON is made at once
 Texts = Mapping[str, str] | None
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
@@ -403,30 +419,19 @@ async def changed(request: Request, task: Record | None) -> Record:
     return task
 
 
-EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
-
-
 def etag_of(updated_at: int) -> str:
     return f'"{(EPOCH + MICROSECOND * updated_at).isoformat()}"'
 
 
-def as_dict(row: Record) -> dict[str, Any]:
-    """Return a task by the names of its fields, for orjson, which writes times as `isoformat` does."""
-    task = dict(zip(NAMES, row, strict=False))
-    task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
-    task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
-    return task
-
-
 def to_json(rows: Sequence[Record]) -> memoryview:
     """Return the JSON of tasks, with commas between them."""
-    return memoryview(orjson.dumps([as_dict(row) for row in rows]))[1:-1]
+    return memoryview(orjson.dumps([to_task(*row) for row in rows]))[1:-1]
 
 
 def task_response(row: Record, status: int = 200, headers: Texts = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
     headers = {"ETag": etag_of(row["updated_at"]), **(headers or {})}
-    return Response(orjson.dumps(as_dict(row)), status, headers, "application/json")
+    return Response(orjson.dumps(to_task(*row)), status, headers, "application/json")
 
 
 async def list_response(request: Request, completed: bool | None) -> Response:
@@ -1059,15 +1064,15 @@ class Connection(asyncpg.Connection):
     def get_reset_query(self) -> str:
         return ""
 
-    async def execute_for_each(self, statement: str, parameters: list[tuple[object, ...]]) -> list[Record]:
+    async def execute_for_each(self, statement: str, parameters: Sequence[Any], seconds: float) -> list[Record]:
         """Send a statement with each of the parameters, in one message and one transaction; return all rows.
 
-        Raise ConnectionError where the connection was lost, beside what asyncpg raises.
+        Raise TimeoutError after so many seconds, ConnectionError for a lost connection, or what asyncpg raises.
         """
         try:
             if not self.sets_lock_timeout:
-                return await self.fetchmany(statement, parameters)
-            async with self.transaction():
+                return await self.fetchmany(statement, parameters, timeout=seconds)
+            async with asyncio.timeout(seconds), self.transaction():
                 await self.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
                 return await self.fetchmany(statement, parameters)
         except Exception as error:
@@ -1353,15 +1358,15 @@ def main() -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal comes. The workers read the environment again, each for itself."""
+    """Serve until a signal comes. Several workers read the environment again, each for itself."""
     uvicorn.run(
-        "service:app",
+        create_app(settings) if settings.workers == 1 else "service:app",  # which each worker imports
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=SHUTDOWN_GRACE,
-        http="service:HttpProtocol",
+        http=HttpProtocol,
         access_log=False,
         proxy_headers=False,  # no answer depends on the client's address, or on the scheme
         server_header=False,

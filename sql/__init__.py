@@ -1,7 +1,6 @@
 """The query module: every statement about tasks is a file of its own, whose `$1` is the caller.
 
-Importing it raises ValueError for a file that is not bound to `$1`. A statement that could not be carried out raises
-Unavailable or Refused; any other exception is a bug. A timestamp is in microseconds since 2000.
+A file that is not bound to `$1` fails the import. Calls raise Unavailable or Refused; another exception is a bug.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from weakref import WeakValueDictionary
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
 Task = Record | None
-Versions = list[int] | None
+Versions = list[int] | None  # as all timestamps here, in microseconds since 2000
 
 # The columns of a task, with which each row begins, in the order in which clients see them.
 NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
@@ -24,7 +23,7 @@ TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds that others wait for a batch of their statement in flight
-FIRST_PAGE, NEXT_PAGE = 100, 310  # tasks of a list; the first page shares a batch, so it is small
+FIRST_PAGE, NEXT_PAGE = 100, 460  # tasks of a list; the first page shares a batch, so it is small
 BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
 
 # WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
@@ -209,12 +208,14 @@ class Queries:
         connection: Any = None  # a service.Connection
         try:
             while calls:
-                await asyncio.sleep(0)  # so that requests that have come meanwhile are in the batch
+                if len(self.senders) > 1:  # while the database is busy, let more requests come into the batch
+                    await asyncio.sleep(0)
                 batch, calls[:MAX_BATCH] = calls[:MAX_BATCH], []
                 timer = self.loop.call_later(MAX_DELAY, self._pass_on, statement, calls)
-                async with asyncio.timeout_at(batch[0].deadline):
-                    connection = connection or await self.pool.acquire()
-                    await self._send_batch(connection, statement, batch)
+                if not connection:
+                    async with asyncio.timeout_at(batch[0].deadline):
+                        connection = await self.pool.acquire()
+                await self._send_batch(connection, statement, batch)
                 timer.cancel()
                 if len(self.senders) > self.half:
                     break  # others may wait for the connection
@@ -234,7 +235,7 @@ class Queries:
             batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
         parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
         try:
-            rows = await connection.execute_for_each(statement, parameters)
+            rows = await connection.execute_for_each(statement, parameters, batch[0].deadline - self.loop.time())
         except (ConnectionError, ReadOnlySQLTransactionError):
             # A restart ends all the connections of a pool, a failover leaves them with what is a standby now.
             await self.pool.expire_connections()
