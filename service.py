@@ -2,7 +2,7 @@
 
     uv run service.py                 serve on 127.0.0.1:8000, with an embedded PostgreSQL unless DATABASE_URL is set
     uv run service.py token alice     print a token to call it with
-    python service.py migrate         create or convert the table and exit
+    uv run service.py migrate         create or convert the table and exit
     uvicorn service:app               the same application under a server of yours, without HttpProtocol
 
 This file is the whole program, but for `sql/`, which has the statements and sends them. It tells the story first: the
@@ -73,6 +73,7 @@ WHITE_SPACE = "".join(rf"\u{code:04x}" for code in range(0x3001) if chr(code).is
 """All of Unicode's, for a regular expression: what \\s stands for depends on the language."""
 
 # The fields of a task that its owner sets, as JSON Schema: requests are checked by these, and OpenAPI publishes them.
+# Their order is that of the parameters in create_task.sql and update_task.sql.
 FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
@@ -97,7 +98,14 @@ STATUSES = {"all": None, "pending": False, "completed": True}  # the value of co
 
 
 def to_task(
-    id: int, user_id: str, title: str, description: Any, completed: bool, created_at: int, updated_at: int, *_: Any
+    id: int,
+    user_id: str,
+    title: str,
+    description: str | None,
+    completed: bool,
+    created_at: int,
+    updated_at: int,
+    *_: object,
 ) -> dict[str, Any]:
     """Return a task as clients see it, from the columns of its row; orjson writes times as `isoformat` does."""
     return {
@@ -143,11 +151,12 @@ async def update_task(request: Request) -> Response:
     fields = valid_fields(request, await read_json(request))
     task_id, versions = task_id_of(request), versions_to_change(request)
     if fields:
-        changes = [(name in fields, fields.get(name)) for name in FIELDS]
+        changes = [part for name in FIELDS for part in (name in fields, fields.get(name))]
         task = await queries(request).update_task(request.user, task_id, versions, changes)
     else:  # nothing is written, and updated_at stays
         task = await queries(request).get_task(request.user, task_id)
-        task = None if task and versions is not None and task["updated_at"] not in versions else task
+        if task and versions is not None and task["updated_at"] not in versions:
+            raise ApiError(412)
     return task_response(await changed(request, task))
 
 
@@ -189,9 +198,12 @@ ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t
 async def read_body(request: Request) -> bytearray:
     """Return the body; raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read."""
     headers, content = request.headers, bytearray()
+    declared = "content-length" in headers or "transfer-encoding" in headers  # RFC 9112, section 6.3
+    if not declared and request.scope["http_version"].startswith("1."):
+        return content
     if float(headers.get("content-length", 0)) > BODY_LIMIT:
         raise ApiError(413)
-    if "upgrade" in headers and ("content-length" in headers or "transfer-encoding" in headers):  # it was not read then
+    if "upgrade" in headers:  # httptools has not read the body
         raise ApiError(400, "A request with a body must not offer to upgrade the connection")
     try:
         async for chunk in request.stream():
@@ -324,7 +336,7 @@ def versions_to_change(request: Request) -> list[int] | None:
         return None
     versions = []
     for tag in entity_tags(text):
-        with contextlib.suppress(ValueError, TypeError):  # no time, or one without a zone
+        with contextlib.suppress(ValueError, TypeError, OverflowError):  # no time, one without a zone, or before year 1
             version = (datetime.fromisoformat(tag.strip('"')) - EPOCH) // MICROSECOND
             if tag == etag_of(version):
                 versions.append(version)
@@ -437,22 +449,30 @@ def task_response(row: Record, status: int = 200, headers: Texts = None) -> Resp
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
     pages = queries(request).list_tasks(request.user, completed)
-    text, count = bytearray(b'{"items":['), 0
-    async with contextlib.AsyncExitStack() as stack:
-        async for page in pages:
-            text += (b"," if count and page else b"") + to_json(page)
-            count += len(page)
-            if count > WHOLE_LIST_TASKS or len(text) + 2 > WHOLE_LIST_BYTES:
-                break
-            if count == FIRST_PAGE:  # there may be more
-                await stack.enter_async_context(asyncio.timeout(TIMEOUT))
-                await stack.enter_async_context(request.state.long_lists)
-        else:
-            text += b"]}"
-            # The ETag is of the content, so it is right whatever has happened to the list.
-            headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
-            return Response(memoryview(text), 200, headers, "application/json")
-    return StreamingResponse(stream(request, text, pages), media_type="application/json")
+    page = await anext(pages)
+    text, count = bytearray(b'{"items":[') + to_json(page), len(page)
+    if count == FIRST_PAGE:  # there may be more
+        async with asyncio.timeout(TIMEOUT), request.state.long_lists:
+            while page and not is_too_long(text, count):
+                page = await anext(pages, [])
+                text += b"," if page else b""
+                text += to_json(page)
+                count += len(page)
+    if is_too_long(text, count):
+        return StreamingResponse(stream(request, text, pages), media_type="application/json")
+    text += b"]}"
+    # The ETag is of the content, so it is right whatever has happened to the list.
+    headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
+    return Response(memoryview(text), 200, headers, "application/json")
+
+
+def is_too_long(text: bytearray, count: int) -> bool:
+    """Return whether a list is streamed, given its JSON without the end, and its tasks so far."""
+    return count > WHOLE_LIST_TASKS or len(text) + len("]}") > WHOLE_LIST_BYTES
+
+
+class BrokenOff(Exception):
+    """An answer that has begun cannot be finished."""
 
 
 async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Record]]) -> AsyncIterator[memoryview]:
@@ -467,7 +487,7 @@ async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Re
                 yield memoryview(b"," + to_json(page[start : start + STREAMED_TASKS]))
     except Unavailable as error:
         request.scope["error"] = str(error)
-        raise ConnectionAbortedError from None
+        raise BrokenOff from None
     yield memoryview(b"]}")
 
 
@@ -511,8 +531,8 @@ class Answers:
         bug = None
         try:
             await app(scope, receive, send_with_headers)
-        except ConnectionAbortedError:
-            pass  # an answer that has begun and cannot be finished; the line says why
+        except BrokenOff:
+            pass  # the line says why
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             bug = error
         ms = (time.perf_counter() - started) * 1000
@@ -991,7 +1011,7 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
     dsn = parts._replace(query=urlencode({key: query[key] for key in query.keys() - unknown})).geturl()
     arguments: dict[str, Any] = {"dsn": dsn, "timeout": timeout, "command_timeout": TIMEOUT}
     # A pooler that gives every transaction another server connection cannot keep prepared statements.
-    if any(sign in url for sign in (":6543/", "pgbouncer=true", "statement_cache_size=0")):  # a port of Supabase's
+    if 6543 in ports or any(sign in url for sign in ("pgbouncer=true", "statement_cache_size=0")):  # Supabase's port
         arguments["statement_cache_size"] = 0
     return arguments, sorted(unknown - OUR_KEYS)
 
@@ -1064,10 +1084,19 @@ class Connection(asyncpg.Connection):
     def get_reset_query(self) -> str:
         return ""
 
+    async def prepare_session(self) -> None:
+        try:
+            self.sets_lock_timeout = await self.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
+            # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.
+            await self.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
+        except BaseException:
+            self.terminate()
+            raise
+
     async def execute_for_each(self, statement: str, parameters: Sequence[Any], seconds: float) -> list[Record]:
         """Send a statement with each of the parameters, in one message and one transaction; return all rows.
 
-        Raise TimeoutError after so many seconds, ConnectionError for a lost connection, or what asyncpg raises.
+        Raise ConnectionError if the connection is lost or does not answer in so many seconds, or what asyncpg raises.
         """
         try:
             if not self.sets_lock_timeout:
@@ -1094,10 +1123,7 @@ async def connect(*arguments: Any, **options: Any) -> Connection:
         except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):  # PgBouncer; PostgreSQL 11
             options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
             connection = await asyncpg.connect(*arguments, **options)
-        connection.sets_lock_timeout = await connection.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
-        # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.
-        int8 = {"codec_name": "int8", "format": "binary"}
-        await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", **int8)
+        await connection.prepare_session()
     except Exception as error:
         raise Unavailable(reason(error)) from None
     return connection
@@ -1308,7 +1334,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self.waited > (UNREAD_TIMEOUT if unread else limit):
             if self.arriving and not unread:
                 self.refuse(408, f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds")
-            self.connection.abort()
+            else:
+                self.connection.abort()
         self.loop.call_later(TICK, self.check)
 
     def refuse(self, status: int, detail: str) -> None:
@@ -1348,6 +1375,7 @@ def main() -> None:
     else:
         if embedded:
             os.environ["DATABASE_URL"] = start_embedded_postgres()
+            settings = read_settings(given_in(os.environ))
             api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
             print(f"""
   API documentation   {api}/docs

@@ -22,8 +22,8 @@ NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "up
 TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
-MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds that others wait for a batch of their statement in flight
-FIRST_PAGE, NEXT_PAGE = 100, 460  # tasks of a list; the first page shares a batch, so it is small
+MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds of a batch after which the next ones get another connection
+FIRST_PAGE, NEXT_PAGE = 100, 310  # tasks of a list; the first page shares a batch, so it is small
 BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
 
 # WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
@@ -103,9 +103,9 @@ class Queries:
         self.span = span
         self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.schema_applied = False  # until it is, all methods raise Unavailable
-        self.waiting: dict[str, list[Call]] = {}  # for a sender, by their statement
+        self.waiting: dict[str, list[Call]] = {}  # that a sender takes, by their statement
         self.senders: set[asyncio.Task[None]] = set()
-        self.half = pool.get_max_size() // 2  # of the connections; the other half is always for batches
+        self.half = pool.get_max_size() // 2  # of the connections; the other half is always for senders
         self.alone = asyncio.Semaphore(max(1, self.half))
         self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
 
@@ -134,10 +134,10 @@ class Queries:
                 return task if task["request_hash"] == request_hash else None
         raise Unavailable("the key was taken, and its task gone, again and again")
 
-    # A change applies to these versions of a task, its updated_at, or to any. None means no such task or version.
+    # A change applies to these versions of a task (its updated_at) or to any. None means no such task or version.
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:
-        """Change a task, given for each field a pair: whether to set it, and to what."""
-        return await self._change(UPDATE_TASK, user_id, task_id, versions, *sum(changes, ()))
+        """Change a task, given for each field, one after the other: whether to set it, and to what."""
+        return await self._change(UPDATE_TASK, user_id, task_id, versions, *changes)
 
     async def complete_task(self, user_id: str, task_id: int, versions: Versions, completed: bool | None) -> Task:
         """Set `completed`, or toggle it where None is given."""
@@ -148,8 +148,8 @@ class Queries:
 
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Task:
         # A process sends changes of one task one at a time, or each would hold a connection while it waits.
+        busy = (user_id, task_id) in self.task_locks
         lock = self.task_locks.setdefault((user_id, task_id), asyncio.Lock())
-        busy = lock.locked()
         try:
             async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), lock:
                 return await self._send_one(statement, user_id, task_id, *parameters, alone=busy)
@@ -181,7 +181,7 @@ class Queries:
                 except Exception as error:
                     # Again, alone, goes a call of a batch that was refused, one that met a lock, and once a read that
                     # was lost with its connection.
-                    not_yet = OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, getattr(error, "sqlstate", ""))
+                    not_yet = OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, str(getattr(error, "sqlstate", "")))
                     lost = isinstance(error, ConnectionError) and may_be_lost
                     if not lost and not (isinstance(error, PostgresError) and (not_yet or not alone)):
                         raise classified(error) from None

@@ -32,6 +32,13 @@ PRIORITY = """\
  }
 -DEFAULTS = {"completed": False}  # of fields that a new task comes without; null for the others
 +DEFAULTS = {"completed": False, "priority": 3}  # of fields that a new task comes without; null for the others
+@@
+     completed: bool,
++    priority: int,
+     created_at: int,
+@@
+         "completed": completed,
++        "priority": priority,
 --- a/sql/__init__.py
 +++ b/sql/__init__.py
 @@
@@ -122,12 +129,12 @@ def running(folder: Path, database_url: str) -> Iterator[Service]:
     service.remove()
 
 
-def test_it_takes_five_edits() -> None:
+def test_it_takes_edits_of_five_files() -> None:
     for diff in (DUE_DATE, PRIORITY):
         assert re.findall("^--- a/(.*)", diff, re.MULTILINE) == [
             "service.py", "sql/__init__.py", "sql/schema.sql", "sql/create_task.sql", "sql/update_task.sql"
         ]  # fmt: skip
-        assert len(re.findall("^@@", diff, re.MULTILINE)) == 5
+        assert len(re.findall("^@@", diff, re.MULTILINE)) == 7
 
 
 # --- A date that may be null -----------------------------------------------------------------------------------------

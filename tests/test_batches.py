@@ -419,7 +419,7 @@ def test_what_a_thousand_users_change_at_once_is_what_each_has(database_url: str
             for number, (user_id, task) in enumerate(tasks.items()):
                 task_id, now, never = task["id"], [task["updated_at"]], [sql.BEFORE_ALL[0]]
                 others = ids[USERS[int(user_id.removeprefix("user-")) - 1]]
-                put = [(True, f"of {user_id}"), (False, None), (False, None)]
+                put = [True, f"of {user_id}", False, None, False, None]
                 own: list[tuple[Callable[[], Awaitable[Any]], Task | None]] = [
                     (partial(queries.complete_task, user_id, task_id, None, None), {"completed": True}),
                     (partial(queries.update_task, user_id, task_id, now, put), {"title": f"of {user_id}"}),
@@ -466,7 +466,7 @@ def test_a_write_that_is_refused_is_refused_alone_and_the_others_are_made_once(d
             ids = await make_tasks(pool, users) if kind == "update" else {}
             for user_id in users:
                 title = UNSTORABLE.get(user_id, "new")
-                put = [(True, title), (False, None), (False, None)]
+                put = [True, title, False, None, False, None]
                 create = kind == "create"
                 writes.append(
                     queries.create_task(user_id, None, None, [title, None, False])
@@ -559,7 +559,7 @@ def test_a_write_that_is_lost_with_its_connection_is_not_sent_again(
         async with pool_and_queries(database_url, connection_class) as (pool, queries):
             users = USERS[:20]
             ids = {} if kind.startswith("create") else await make_tasks(pool, users)
-            put = [(True, "changed"), (False, None), (True, True)]
+            put: list[object] = [True, "changed", False, None, True, True]
             write: dict[str, Callable[[str], Awaitable[object]]] = {
                 "create": lambda user_id: queries.create_task(user_id, None, None, ["changed", None, True]),
                 "create with a key": lambda user_id: queries.create_task(user_id, "k", "h", ["changed", None, True]),

@@ -71,6 +71,8 @@ NAMES_ANOTHER = {
     "the first version that there can be": '"0001-01-01T00:00:00.000001+00:00"',
     "a version before the first": '"0001-01-01T00:00:00+00:00"',
     "a version after the last": '"9999-12-31T23:59:59.999999+00:00"',
+    "a version before the first year in UTC": '"0001-01-01T00:00:00+23:59"',
+    "a version after the last year in UTC": '"9999-12-31T23:59:59-23:59"',
     "a version of no year": '"10000-01-01T00:00:00+00:00"',
     "no version": '"2026-02-30T00:00:00+00:00"',
     "infinity": '"infinity", "-infinity"',

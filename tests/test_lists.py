@@ -514,8 +514,7 @@ def test_a_list_comes_whole_although_the_connections_to_the_database_were_lost(
         lost = observed.sql(
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE query LIKE '-- A page of%%'"
         )
-        assert lost
-        assert {*lost} == {(True,)}
+        assert (True,) in lost, "the service may have closed the others by itself, as it does once it notices"
         assert len(pages_read(postgres, carol.user_id)) <= PAGES_AHEAD
         assert listing.read().items == stored(observed, carol.user_id)
     assert " status=200 " in observed.log_line("lost")
