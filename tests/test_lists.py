@@ -334,9 +334,9 @@ def test_head_of_a_short_list_is_what_get_says_without_the_body(service: Service
 @pytest.mark.parametrize(
     ("count", "description", "pages"),
     [
-        (1001, None, [100, 310, 310, 310]),
-        (5000, None, [100, 310, 310, 310]),
-        (500, "\x01" * 2000, [100]),
+        (1001, None, [50, 320, 320, 320]),
+        (5000, None, [50, 320, 320, 320]),
+        (500, "\x01" * 2000, [50, 320]),
     ],
     ids=["one task too many", "far too many", "too many bytes on the first page"],
 )
@@ -354,13 +354,13 @@ def test_head_of_a_long_list_has_neither_body_nor_etag_and_reads_no_page_too_man
     read = pages_read(postgres, carol.user_id)
     assert read[: 2 * len(pages)] == 2 * pages
     whole = read[2 * len(pages) :]
-    assert whole == [100] + [310] * ((count - 100) // 310 + 1), "a page that is not full is the last"
+    assert whole == [50] + [320] * ((count - 50) // 320 + 1), "a page that is not full is the last"
 
 
 def test_a_list_is_read_in_pages_and_no_page_twice(postgres: Postgres, observed: Service, carol: Client) -> None:
-    fill(observed, carol.user_id, 409)
+    fill(observed, carol.user_id, 369)
     assert carol.tasks() == stored(observed, carol.user_id)
-    assert pages_read(postgres, carol.user_id) == [100, 310]
+    assert pages_read(postgres, carol.user_id) == [50, 320]
 
 
 # --- A long list while things happen ---------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def test_two_users_whose_lists_are_streamed_at_once_get_their_own(service: Servi
 
 # --- Clients that read nothing, or go away ---------------------------------------------------------------------------
 
-PAGES_OF_10_000 = 33  # statements that the whole list takes: one of 100 tasks, and 310 each
+PAGES_OF_10_000 = 33  # statements that the whole list takes: one of 50 tasks, and 320 each
 PAGES_AHEAD = 20  # at most that the service reads of a list that nobody reads: what fits into the kernel's buffers
 
 
