@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
@@ -97,26 +97,20 @@ EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 STATUSES = {"all": None, "pending": False, "completed": True}  # the value of completed that each asks for
 
 
-def to_task(
-    id: int,
-    user_id: str,
-    title: str,
-    description: str | None,
-    completed: bool,
-    created_at: int,
-    updated_at: int,
-    *_: object,
-) -> dict[str, Any]:
-    """Return a task as clients see it, from the columns of its row; orjson writes times as `isoformat` does."""
-    return {
-        "id": id,
-        "user_id": user_id,
-        "title": title,
-        "description": description,
-        "completed": completed,
-        "created_at": EPOCH + MICROSECOND * created_at,
-        "updated_at": EPOCH + MICROSECOND * updated_at,
-    }
+def to_tasks(rows: Iterable[Record]) -> list[dict[str, Any]]:
+    """Return tasks as clients see them, from their rows; orjson writes the times as `isoformat` does."""
+    return [
+        {
+            "id": id,
+            "user_id": user_id,
+            "title": title,
+            "description": description,
+            "completed": completed,
+            "created_at": EPOCH + MICROSECOND * created_at,
+            "updated_at": EPOCH + MICROSECOND * updated_at,
+        }
+        for id, user_id, title, description, completed, created_at, updated_at, _ in rows
+    ]
 
 
 async def list_tasks(request: Request) -> Response:
@@ -376,7 +370,6 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # a list beyond is streamed
 LONG_LISTS = 3  # of more than a page that are put together at once, each in up to a megabyte
-STREAMED_TASKS = 50  # of which the JSON is made at once
 Texts = Mapping[str, str] | None
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
 
@@ -437,29 +430,29 @@ def etag_of(updated_at: int) -> str:
 
 def to_json(rows: Sequence[Record]) -> memoryview:
     """Return the JSON of tasks, with commas between them."""
-    return memoryview(orjson.dumps([to_task(*row) for row in rows]))[1:-1]
+    return memoryview(orjson.dumps(to_tasks(rows)))[1:-1]
 
 
 def task_response(row: Record, status: int = 200, headers: Texts = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
     headers = {"ETag": etag_of(row["updated_at"]), **(headers or {})}
-    return Response(orjson.dumps(to_task(*row)), status, headers, "application/json")
+    return Response(orjson.dumps(to_tasks([row])[0]), status, headers, "application/json")
 
 
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
-    pages = queries(request).list_tasks(request.user, completed)
-    page = await anext(pages)
-    text, count = bytearray(b'{"items":[') + to_json(page), len(page)
+    tasks = in_chunks(queries(request).list_tasks(request.user, completed))
+    chunk: list[Record] = await anext(tasks, [])
+    text, count = bytearray(b'{"items":[') + to_json(chunk), len(chunk)
     if count == FIRST_PAGE:  # there may be more
         async with asyncio.timeout(TIMEOUT), request.state.long_lists:
-            while page and not is_too_long(text, count):
-                page = await anext(pages, [])
-                text += b"," if page else b""
-                text += to_json(page)
-                count += len(page)
+            async for chunk in tasks:
+                text += b"," + to_json(chunk)
+                count += len(chunk)
+                if is_too_long(text, count):
+                    break
     if is_too_long(text, count):
-        return StreamingResponse(stream(request, text, pages), media_type="application/json")
+        return StreamingResponse(stream(request, text, tasks), media_type="application/json")
     text += b"]}"
     # The ETag is of the content, so it is right whatever has happened to the list.
     headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
@@ -475,16 +468,22 @@ class BrokenOff(Exception):
     """An answer that has begun cannot be finished."""
 
 
-async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Record]]) -> AsyncIterator[memoryview]:
+async def in_chunks(pages: AsyncIterator[list[Record]]) -> AsyncIterator[list[Record]]:
+    """Yield the tasks of a list a few at a time, so that little JSON is made that a client may never read."""
+    async for page in pages:
+        for start in range(0, len(page), FIRST_PAGE):
+            yield page[start : start + FIRST_PAGE]
+
+
+async def stream(request: Request, text: bytearray, tasks: AsyncIterator[list[Record]]) -> AsyncIterator[memoryview]:
     """Yield the JSON of a long list. What fails ends the connection, so that the client does not take it for whole."""
     if request.method == "HEAD":
         return
     yield memoryview(text)
     del text
     try:
-        async for page in pages:
-            for start in range(0, len(page), STREAMED_TASKS):
-                yield memoryview(b"," + to_json(page[start : start + STREAMED_TASKS]))
+        async for chunk in tasks:
+            yield memoryview(b"," + to_json(chunk))
     except Unavailable as error:
         request.scope["error"] = str(error)
         raise BrokenOff from None

@@ -130,9 +130,9 @@ class Queries:
                 return task
             if key is None:
                 raise Refused  # by a trigger
-            if task := await self._send_one(GET_TASK_BY_KEY, user_id, key):
-                return task if task["request_hash"] == request_hash else None
-        raise Unavailable("the key was taken, and its task gone, again and again")
+            if task := await self._send_one(GET_TASK_BY_KEY, user_id, key, request_hash):
+                return task
+        return None  # or it was always gone when it was looked for, and back when it was to be made
 
     # A change applies to these versions of a task (its updated_at) or to any. None means no such task or version.
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:

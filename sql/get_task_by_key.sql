@@ -1,5 +1,6 @@
--- The task that an Idempotency-Key has made, with the hash of that request, or no row. $2: the call, $3: the key.
-SELECT {task}, request_hash, $2::int AS call
+-- The task that an Idempotency-Key has made, or no row. $2: the call, $3: the key, $4: the hash of the request.
+SELECT {task}, $2::int AS call
 FROM task
 WHERE user_id = $1
   AND idempotency_key = $3
+  AND request_hash = $4

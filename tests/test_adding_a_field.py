@@ -33,12 +33,11 @@ PRIORITY = """\
 -DEFAULTS = {"completed": False}  # of fields that a new task comes without; null for the others
 +DEFAULTS = {"completed": False, "priority": 3}  # of fields that a new task comes without; null for the others
 @@
-     completed: bool,
-+    priority: int,
-     created_at: int,
+             "completed": completed,
++            "priority": priority,
 @@
-         "completed": completed,
-+        "priority": priority,
+-        for id, user_id, title, description, completed, created_at, updated_at, _ in rows
++        for id, user_id, title, description, completed, priority, created_at, updated_at, _ in rows
 --- a/sql/__init__.py
 +++ b/sql/__init__.py
 @@

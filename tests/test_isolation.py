@@ -287,7 +287,9 @@ CALLER_BROKEN = {
     "more": {
         "user_id = $1": "user_id >= $1",
         # In the order of the index the caller's own row would come first, and the first one is taken.
-        "user_id = $1\n  AND idempotency_key = $3": "user_id >= $1 AND idempotency_key = $3 ORDER BY user_id DESC",
+        "user_id = $1\n  AND idempotency_key = $3\n  AND request_hash = $4": (
+            "user_id >= $1 AND idempotency_key = $3 AND request_hash = $4 ORDER BY user_id DESC"
+        ),
     },
     "or true": {"user_id = $1": "user_id = $1 OR true"},
     "or true in parentheses": {"user_id = $1": "(user_id = $1 OR true)"},
@@ -333,7 +335,7 @@ ROW_BROKEN = {
     "key less": {"AND idempotency_key = $3": "AND idempotency_key <= $3"},
     "hash dropped": {
         "VALUES ($1, $3, $4,": "VALUES ($1, $3, nullif($4, $4),",
-        "{task}, request_hash,": "{task}, NULL AS request_hash,",
+        "AND request_hash = $4": "AND $4::text IS NOT NULL",
     },
     "conflict that changes": {
         "DO NOTHING": "DO UPDATE SET title = excluded.title, request_hash = excluded.request_hash"
