@@ -69,8 +69,8 @@ VERSION = "2.0.0"
 
 # --- The API ---------------------------------------------------------------------------------------------------------
 
+# All of Unicode's, for a regular expression: what \s stands for depends on the language.
 WHITE_SPACE = "".join(rf"\u{code:04x}" for code in range(0x3001) if chr(code).isspace())
-"""All of Unicode's, for a regular expression: what \\s stands for depends on the language."""
 
 # The fields of a task that its owner sets, as JSON Schema: requests are checked by these, and OpenAPI publishes them.
 # Their order is that of the parameters in create_task.sql and update_task.sql.
@@ -92,9 +92,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "completed": {"type": "boolean", "examples": [True]},
 }
-DEFAULTS = {"completed": False}  # of fields that a new task comes without; null for the others
+DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
 EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
-STATUSES = {"all": None, "pending": False, "completed": True}  # the value of completed that each asks for
+STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed` must be, or None for either
 
 
 def to_tasks(rows: Iterable[Record]) -> list[dict[str, Any]]:
@@ -368,8 +368,8 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
-WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # a list beyond is streamed
-LONG_LISTS = 3  # of more than a page that are put together at once, each in up to a megabyte
+WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # longer lists are streamed
+LONG_LISTS = 3  # lists of more than a page that are put together at once, which bounds the memory for them
 Texts = Mapping[str, str] | None
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
 
@@ -493,7 +493,8 @@ async def stream(request: Request, text: bytearray, tasks: AsyncIterator[list[Re
 class Answers:
     """ASGI middleware around everything: the headers that all answers have, and the log line of each request.
 
-    Requests that name an origin, as browsers do, go through CORS, which would take the others an eighth of their time.
+    It also makes a path with a trailing slash the same as the one without. Only requests that name an origin, as
+    browsers do, go through CORS: it would be an eighth of the cost of the others.
     """
 
     def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
@@ -1020,7 +1021,7 @@ def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
 SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 STARTUP_TIMEOUT = 3.0  # seconds that a start waits for the schema; then it serves, and answers 503 until it is applied
-SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close: with SHUTDOWN_GRACE well under the 30 of the platforms
+SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close; with SHUTDOWN_GRACE it is 25, and platforms kill after 30
 
 # What tells of the end of a connection that may not count as closed yet.
 LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
@@ -1077,8 +1078,8 @@ def traced(statement: str) -> Iterator[None]:
 class Connection(asyncpg.Connection):
     """A connection that the pool does not reset, which would double the round trips: nothing is left in its session."""
 
+    # Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter.
     sets_lock_timeout = False
-    """Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter."""
 
     def get_reset_query(self) -> str:
         return ""
@@ -1255,7 +1256,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport = self  # type: ignore[assignment]  # so that uvicorn writes and closes through this class
         self.written: list[bytes] = []  # and not sent yet
         self.arriving = False  # whether a request has begun and is not complete
-        self.size = 0  # bytes since its head, or the last of its body, was complete
+        self.size = 0  # bytes since the last complete head or piece of a body
         self.waited = 0.0  # seconds since the client or the service did something
         self.unread = 0  # bytes that wait for the client
         self.loop.call_later(TICK, self.check)

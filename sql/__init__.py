@@ -147,7 +147,7 @@ class Queries:
         return await self._change(DELETE_TASK, user_id, task_id, versions)
 
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Task:
-        # A process sends changes of one task one at a time, or each would hold a connection while it waits.
+        # Changes of one task go one at a time, or each would hold a connection; who had to wait would hold up a batch.
         busy = (user_id, task_id) in self.task_locks
         lock = self.task_locks.setdefault((user_id, task_id), asyncio.Lock())
         try:
@@ -163,7 +163,7 @@ class Queries:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
-        deadline, pause, may_be_lost = self.loop.time() + TIMEOUT, 0.0, statement in READS
+        deadline, pause, resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
         with self.span(statement):
             while True:
                 call = Call(user_id, parameters, self.loop.create_future(), deadline)
@@ -179,13 +179,12 @@ class Queries:
                         self._start_sender(statement, [call])
                     return await call.rows
                 except Exception as error:
-                    # Again, alone, goes a call of a batch that was refused, one that met a lock, and once a read that
-                    # was lost with its connection.
+                    # Sent again, alone: a call of a batch that was refused, one that met a lock, and once a lost read.
                     not_yet = OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, str(getattr(error, "sqlstate", "")))
-                    lost = isinstance(error, ConnectionError) and may_be_lost
+                    lost = resend and isinstance(error, ConnectionError)
                     if not lost and not (isinstance(error, PostgresError) and (not_yet or not alone)):
                         raise classified(error) from None
-                    may_be_lost = may_be_lost and not lost
+                    resend = resend and not lost
                     pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
                     alone = True
 
