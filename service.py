@@ -1477,6 +1477,8 @@ def start_embedded_postgres() -> str:
     run = functools.partial(subprocess.run, cwd=data, user=server.system_user, capture_output=True)
     pg_ctl = [server.bin_path / "pg_ctl", "-D", ".", "-l", "log", "-o", f"-h '' -k '{sockets}'"]
     atexit.register(run, [*pg_ctl, "stop"])
+    for each in (signal.SIGINT, signal.SIGTERM):  # what is registered last runs first
+        atexit.register(signal.signal, each, signal.SIG_IGN)  # a second Ctrl-C does not interrupt the stop
     if run([*pg_ctl, "restart"]).returncode != 0:  # not `start`: PostgreSQL still runs if the service was killed
         fail(f"The embedded PostgreSQL did not start; its log is {data / 'log'}.")
     return f"postgresql://postgres@/postgres?{urlencode({'host': sockets})}"
