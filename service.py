@@ -93,8 +93,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "completed": {"type": "boolean", "examples": [True]},
 }
 DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
-EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
 STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed` must be, or None for either
+EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
 
 
 def to_tasks(rows: Iterable[Record]) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ class Queries:
                 raise Refused  # by a trigger
             if task := await self._send_one(GET_TASK_BY_KEY, user_id, key, request_hash):
                 return task
-        return None  # or it was always gone when it was looked for, and back when it was to be made
+        return None
 
     # A change applies to these versions of a task (its updated_at) or to any. None means no such task or version.
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:
@@ -147,7 +147,8 @@ class Queries:
         return await self._change(DELETE_TASK, user_id, task_id, versions)
 
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Task:
-        # Changes of one task go one at a time, or each would hold a connection; who had to wait would hold up a batch.
+        # A process makes one change of a task at a time: others would only hold connections. A change that had to wait
+        # is sent alone, since the reason may be a lock, which would hold up a batch.
         busy = (user_id, task_id) in self.task_locks
         lock = self.task_locks.setdefault((user_id, task_id), asyncio.Lock())
         try:

@@ -30,8 +30,8 @@ PRIORITY = """\
      "completed": {"type": "boolean", "examples": [True]},
 +    "priority": {"type": "integer", "minimum": 1, "maximum": 5, "examples": [3]},
  }
--DEFAULTS = {"completed": False}  # of fields that a new task comes without; null for the others
-+DEFAULTS = {"completed": False, "priority": 3}  # of fields that a new task comes without; null for the others
+-DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
++DEFAULTS = {"completed": False, "priority": 3}  # what a field of a new task is unless it is sent; null for the others
 @@
              "completed": completed,
 +            "priority": priority,
