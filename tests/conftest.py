@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -19,24 +18,10 @@ from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
-from tests.postgres import Postgres, free_port, lay_out_in_partitions
-from tests.service_process import Client, Service, running
-
-CHROMIUM = Path("/usr/bin/chromium")
-PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/bin:/opt/homebrew/bin:" + os.environ.get("PATH", ""))
-PUBLIC = "tasks.example"
-"""A name under which the browser finds 127.0.0.1: a page that asks other hosts may refrain from it on localhost."""
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-    f"--host-resolver-rules=MAP {PUBLIC} 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
-]
+from tests.support.chromium import ARGUMENTS, CHROMIUM
+from tests.support.citus import distributed_schemas, runs_on_citus
+from tests.support.postgres import PGBOUNCER, Postgres, free_port, lay_out_in_partitions
+from tests.support.service_process import Client, Service, new_user_id, running
 
 embedded: Postgres | None = None
 
@@ -44,7 +29,9 @@ embedded: Postgres | None = None
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partitions", action="store_true", help="lay out the table of each database in hash partitions")
     parser.addoption(
-        "--citus", action="store_true", help="distribute it on the cluster of TEST_CITUS_URL; test_citus.py"
+        "--citus",
+        action="store_true",
+        help="distribute it on the cluster of TEST_CITUS_URL; see test_citus.py",
     )
 
 
@@ -71,8 +58,6 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.citus:
-        from tests.test_citus import runs_on_citus
-
         config.hook.pytest_deselected(items=[item for item in items if not runs_on_citus(item)])
         items[:] = [item for item in items if runs_on_citus(item)]
 
@@ -112,8 +97,6 @@ def new_database(postgresql_noproc: NoopExecutor, pytestconfig: pytest.Config) -
     With --citus it is a schema with the distributed table.
     """
     if pytestconfig.option.citus:
-        from tests.test_citus import distributed_schemas
-
         with distributed_schemas(os.environ["TEST_CITUS_URL"]) as create_schema:
             yield create_schema
         return
@@ -195,10 +178,6 @@ def pgbouncer(postgres: Postgres, tmp_path: Path) -> Iterator[int]:
     with (tmp_path / "log").open("wb") as log, subprocess.Popen([PGBOUNCER, str(ini)], stderr=log) as process:
         yield port
         process.terminate()
-
-
-def new_user_id() -> str:
-    return f"user-{uuid.uuid4().hex}"
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.postgres import Postgres
-from tests.service_process import Service, token
+from tests.support.postgres import Postgres
+from tests.support.service_process import Service, token
 
 FILL = """
     INSERT INTO task (user_id, title, description)

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sql
 from tests.bench.load import measure, serving, write_script
-from tests.postgres import Postgres
-from tests.service_process import procfile_line, token
+from tests.support.postgres import Postgres
+from tests.support.service_process import procfile_line, token
 
 FILL = """
     INSERT INTO task (user_id, title, description, completed, created_at, updated_at)

@@ -44,8 +44,8 @@ import psycopg
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sql
-from tests.postgres import Postgres, free_port
-from tests.service_process import ROOT, SECRET, environment, procfile_line, token
+from tests.support.postgres import Postgres, free_port
+from tests.support.service_process import ROOT, SECRET, environment, procfile_line, token
 
 FILL = """
     INSERT INTO task (user_id, title, description, completed, created_at, updated_at)

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sql
 from service import Connection, apply_schema, connect
-from tests.postgres import Postgres
-from tests.service_process import ROOT
+from tests.support.postgres import Postgres
+from tests.support.service_process import ROOT
 
 ROWS = 1_000_000
 FILL = f"""
@@ -28,7 +28,7 @@ FILL = f"""
 WRITE = "UPDATE task SET completed = NOT completed WHERE user_id = 'user-1' AND id = 1"
 
 BEFORE = {
-    "is that of version 1.0": [(ROOT / "tests" / "version_1_0.sql").read_text(), FILL],
+    "is that of version 1.0": [(ROOT / "tests" / "support" / "version_1_0.sql").read_text(), FILL],
     "has everything": [sql.SCHEMA, FILL],
     "is the FastAPI + SQLModel backend's": [
         """

@@ -16,8 +16,8 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.postgres import Postgres
-from tests.service_process import ROOT, SECRET, Service, environment
+from tests.support.postgres import Postgres
+from tests.support.service_process import ROOT, SECRET, Service, environment
 
 STARTS = 11
 IMPORT = "import time; started = time.perf_counter(); import service; print(time.perf_counter() - started)"

@@ -1,0 +1,634 @@
+"""The six task endpoints, and the few beside them: what each does, for its owner and for nobody else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.support.service_process import Client, Service, token
+from tests.support.tasks import NO_TASK, NOT_FOUND, wait_for_waiting_statements, what_is_stable
+
+# What a client can ask for: method, what follows the id in the path, body, and what becomes of a pending task that has
+# a description. None deletes it.
+CHANGES: list[Any] = [
+    *(
+        pytest.param("PUT", "", dict(fields), dict(fields), id=f"PUT {'+'.join(name for name, _ in fields)}")
+        for count in (1, 2, 3)
+        for fields in itertools.combinations({"title": "new", "description": "new", "completed": True}.items(), count)
+    ),
+    pytest.param("PUT", "", {"description": None}, {"description": None}, id="PUT null description"),
+    pytest.param("PUT", "", {"description": ""}, {"description": ""}, id="PUT empty description"),
+    pytest.param("PUT", "", {"completed": False}, {"completed": False}, id="PUT what is there already"),
+    pytest.param("PATCH", "/complete", None, {"completed": True}, id="PATCH without a body"),
+    pytest.param("PATCH", "/complete", {}, {"completed": True}, id="PATCH {}"),
+    pytest.param("PATCH", "/complete", {"completed": True}, {"completed": True}, id="PATCH true"),
+    pytest.param("PATCH", "/complete", {"completed": False}, {"completed": False}, id="PATCH false"),
+    pytest.param("DELETE", "", None, None, id="DELETE"),
+]
+NO_CHANGE = pytest.param("PUT", "", {}, {}, id="PUT {}")
+
+PAGES = ["/", "/health", "/health/ready", "/docs", "/redoc", "/openapi.json"]
+
+TEXTS = [
+    pytest.param(text, id=name)
+    for name, text in {
+        "blanks around": "  milk \t",
+        "line breaks around": "\r\nmilk\n",
+        "a no-break space around": "\u00a0milk\u3000",
+        "zero-width characters alone": "\u200b\u200d\ufeff",
+        "an emoji of seven characters": "👩\u200d👩\u200d👧\u200d👦",
+        "a composed accent": "caf\u00e9",
+        "a combining accent": "cafe\u0301",
+        "right to left": "\u202e\u05e9\u05dc\u05d5\u05dd",
+        "line separators": "a\u2028b\u2029c\u0085d",
+        "control characters": "\x01\x1f\x7f\x1b[31m",
+        "quotes and backslashes": r"""it's "a" \u0000 \n \\ task""",
+        "SQL": "'; DROP TABLE task; --",
+        "placeholders": "$1 %s %(a)s {task} {0} :b ?",
+        "HTML": "<script>alert(1)</script>&amp;",
+        "words of JSON": "null",
+        "non-characters": "\uffff\ufffe\U0010ffff",
+    }.items()
+]
+
+# --- Creating --------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_task_is_returned_with_what_the_server_adds(alice: Client) -> None:
+    response = alice.post("/api/tasks", json={"title": "Buy milk"})
+    task = response.json()
+    assert response.status_code == 201
+    assert response.headers["location"] == f"/api/tasks/{task['id']}"
+    assert task == {
+        "id": task["id"],
+        "user_id": alice.user_id,
+        "title": "Buy milk",
+        "description": None,
+        "completed": False,
+        "created_at": task["created_at"],
+        "updated_at": task["created_at"],
+    }
+
+
+@pytest.mark.parametrize("completed", [True, False])
+@pytest.mark.parametrize("description", ["Two litres", "", None])
+def test_a_task_is_created_with_all_its_fields(alice: Client, description: str | None, completed: bool) -> None:
+    fields: dict[str, Any] = {"title": "Buy milk", "description": description, "completed": completed}
+    task = alice.create(**fields)
+    assert {name: task[name] for name in fields} == fields
+    assert alice.get(f"/api/tasks/{task['id']}").json() == task
+
+
+def test_the_location_of_a_new_task_leads_to_it(alice: Client) -> None:
+    response = alice.post("/api/tasks", json={"title": "Buy milk"})
+    assert alice.get(response.headers["location"]).json() == response.json()
+
+
+def test_each_new_task_has_an_id_of_its_own(alice: Client, bob: Client) -> None:
+    ids = [client.create()["id"] for client in (alice, bob, alice, bob)]
+    assert len(set(ids)) == 4
+    assert all(type(task_id) is int and task_id > 0 for task_id in ids)
+
+
+def test_a_task_is_created_now(alice: Client) -> None:
+    created_at = datetime.fromisoformat(alice.create()["created_at"])
+    assert abs(created_at.timestamp() - time.time()) < 60
+
+
+def test_creating_a_task_touches_no_other(service: Service, alice: Client, bob: Client) -> None:
+    alice.create("hers")
+    bob.create("his")
+    before = service.rows(alice, bob)
+    task = bob.create("new")
+    after = service.rows(alice, bob)
+    assert [row for row in after if row not in before] == service.sql("SELECT * FROM task WHERE id = %s", task["id"])
+    assert [row for row in before if row not in after] == []
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_got_by_its_id(alice: Client) -> None:
+    task, other = alice.create("one", description="Two litres", completed=True), alice.create("two")
+    response = alice.get(f"/api/tasks/{task['id']}")
+    assert (response.status_code, response.json()) == (200, task)
+    assert alice.get(f"/api/tasks/{other['id']}").json() == other
+
+
+def test_a_stranger_finds_a_task_as_absent_as_one_that_never_was(alice: Client, bob: Client) -> None:
+    task = alice.create()
+    response, never = bob.get(f"/api/tasks/{task['id']}"), bob.get(f"/api/tasks/{NO_TASK}")
+    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert (never.status_code, never.content) == (404, response.content)
+    assert what_is_stable(never) == what_is_stable(response)
+
+
+def test_a_new_user_has_no_tasks(alice: Client, bob: Client) -> None:
+    alice.create()
+    response = bob.get("/api/tasks")
+    assert (response.status_code, response.json()) == (200, {"items": []})
+
+
+def test_the_list_has_the_tasks_of_the_caller_alone(alice: Client, bob: Client) -> None:
+    hers, his = [alice.create(), alice.create()], [bob.create(), bob.create()]
+    assert alice.tasks() == hers[::-1]
+    assert bob.tasks() == his[::-1]
+
+
+@pytest.mark.parametrize(
+    ("query", "titles"),
+    [
+        ("", ["done", "pending"]),
+        ("?status=all", ["done", "pending"]),
+        ("?status=", ["done", "pending"]),
+        ("?status", ["done", "pending"]),
+        ("?status=pending", ["pending"]),
+        ("?status=completed", ["done"]),
+    ],
+)
+def test_the_list_holds_the_tasks_of_a_status(alice: Client, bob: Client, query: str, titles: list[str]) -> None:
+    for client in (alice, bob):
+        client.create("pending")
+        client.create("done", completed=True)
+    tasks = alice.get(f"/api/tasks{query}").json()["items"]
+    assert [task["title"] for task in tasks] == titles
+    assert {task["user_id"] for task in tasks} == {alice.user_id}
+
+
+def test_a_task_in_the_list_is_the_task_by_itself(alice: Client) -> None:
+    task = alice.create("one", description="Two litres", completed=True)
+    assert alice.tasks() == [alice.get(f"/api/tasks/{task['id']}").json()] == [task]
+
+
+@pytest.mark.parametrize("status", ["all", "pending", "completed"])
+def test_the_list_is_newest_first_and_by_id_where_that_is_a_tie(service: Service, alice: Client, status: str) -> None:
+    a, b, c, d = (alice.create(completed=status == "completed")["id"] for _ in range(4))
+    service.sql("UPDATE task SET created_at = '2026-01-01T00:00Z' WHERE id = ANY(%s)", [b, c])
+    service.sql("UPDATE task SET created_at = '2027-01-01T00:00Z' WHERE id = %s", a)
+    service.sql("UPDATE task SET created_at = '2025-01-01T00:00Z' WHERE id = %s", d)
+    assert [task["id"] for task in alice.tasks(status)] == [a, c, b, d]
+
+
+def test_a_change_moves_no_task_in_the_list(alice: Client) -> None:
+    first, second = alice.create()["id"], alice.create()["id"]
+    alice.put(f"/api/tasks/{first}", json={"title": "changed"})
+    assert [task["id"] for task in alice.tasks()] == [second, first]
+
+
+def test_the_list_is_whole(service: Service, alice: Client) -> None:
+    service.sql("INSERT INTO task (user_id, title) SELECT %s, n::text FROM generate_series(1, 1500) n", alice.user_id)
+    assert {task["title"] for task in alice.tasks()} == {str(n) for n in range(1, 1501)}
+
+
+# --- Changing: what happens to the owner's task, and to no other ----------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
+def test_a_change_happens_to_one_task_of_its_owner(
+    service: Service, alice: Client, method: str, action: str, body: object, changes: dict[str, Any] | None
+) -> None:
+    task, other = alice.create(description="Two litres"), alice.create(description="Another")
+    response = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body)
+    if changes is None:
+        assert (response.status_code, response.content) == (204, b"")
+        assert alice.tasks() == [other]
+    else:
+        changed = task | changes | {"updated_at": response.json()["updated_at"]}
+        assert (response.status_code, response.json()) == (200, changed)
+        assert alice.tasks() == [other, changed]
+
+
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
+def test_a_change_by_a_stranger_finds_no_task_and_changes_none(
+    service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    task = alice.create(description="Two litres")
+    bob.create(description="Two litres")
+    before = service.rows(alice, bob)
+    response = bob.request(method, f"/api/tasks/{task['id']}{action}", json=body)
+    never = bob.request(method, f"/api/tasks/{NO_TASK}{action}", json=body)
+    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert (never.status_code, never.content) == (404, response.content)
+    assert what_is_stable(never) == what_is_stable(response)
+    assert service.rows(alice, bob) == before
+
+
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
+def test_a_change_leaves_the_task_of_another_user_with_the_same_id_alone(
+    service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    task = alice.create(description="Two litres")
+    service.sql("INSERT INTO task (user_id, id, title) VALUES (%s, %s, 'his')", bob.user_id, task["id"])
+    before = service.rows(bob)
+    response = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body)
+    assert response.status_code in (200, 204)
+    assert service.rows(bob) == before
+    assert bob.get(f"/api/tasks/{task['id']}").json()["title"] == "his"
+
+
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
+def test_a_deleted_task_is_gone_for_every_change(
+    service: Service, alice: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    task = alice.create()
+    assert alice.delete(f"/api/tasks/{task['id']}").status_code == 204
+    response = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body)
+    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert service.rows(alice) == []
+
+
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [change for change in CHANGES if change.values[3]])
+def test_every_change_moves_updated_at_forward(
+    alice: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    task = alice.create(description="Two litres")
+    changed = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body).json()
+    assert changed["updated_at"] > task["updated_at"]
+    assert changed["created_at"] == task["created_at"]
+    assert abs(datetime.fromisoformat(changed["updated_at"]).timestamp() - time.time()) < 60
+
+
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [change for change in CHANGES if change.values[3]])
+def test_a_change_moves_an_updated_at_in_the_future_by_a_microsecond(
+    service: Service, alice: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    """As a row has one that was written by a server whose clock was ahead."""
+    task = alice.create(description="Two litres")
+    service.sql("UPDATE task SET updated_at = '2100-01-01T00:00:00.999999Z' WHERE id = %s", task["id"])
+    changed = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body).json()
+    assert changed["updated_at"] == "2100-01-01T00:00:01+00:00"
+
+
+def test_changes_in_one_instant_have_an_updated_at_each(alice: Client) -> None:
+    task = alice.create()
+    path = f"/api/tasks/{task['id']}"
+    with ThreadPoolExecutor(8) as threads:
+        changed = threads.map(lambda n: alice.put(path, json={"title": str(n)}).json()["updated_at"], range(40))
+    assert len({task["updated_at"], *changed}) == 41
+
+
+@pytest.mark.parametrize("body", [{}, {"id": 1, "updated_at": None, "colour": "red"}])
+def test_a_put_of_no_field_of_a_task_changes_nothing(service: Service, alice: Client, body: dict[str, Any]) -> None:
+    task = alice.create(description="Two litres", completed=True)
+    before = service.rows(alice)
+    response = alice.put(f"/api/tasks/{task['id']}", json=body)
+    assert (response.status_code, response.json()) == (200, task)
+    assert service.rows(alice) == before
+
+
+def test_a_whole_task_can_be_sent_back(alice: Client) -> None:
+    task = alice.create(description="Two litres")
+    response = alice.put(f"/api/tasks/{task['id']}", json=task | {"completed": True})
+    assert (response.status_code, response.json()) == (
+        200,
+        task | {"completed": True, "updated_at": response.json()["updated_at"]},
+    )
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_put_sets_completed(alice: Client, before: bool, wanted: bool) -> None:
+    task, other = alice.create(completed=before), alice.create(completed=before)
+    response = alice.put(f"/api/tasks/{task['id']}", json={"completed": wanted})
+    assert (response.status_code, response.json()["completed"]) == (200, wanted)
+    assert alice.tasks() == [other, response.json()]
+
+
+# --- Completing ------------------------------------------------------------------------------------------------------
+
+TOGGLES = [
+    pytest.param({}, id="no body"),
+    pytest.param({"content": b""}, id="an empty body"),
+    pytest.param({"content": b"", "headers": {"Content-Type": "application/json"}}, id="an empty body as JSON"),
+    pytest.param({"json": {}}, id="an empty object"),
+    pytest.param({"content": b"null", "headers": {"Content-Type": "application/json"}}, id="null, as axios sends it"),
+    pytest.param({"content": b" null\n"}, id="null without its media type"),
+    pytest.param({"json": {"done": True}}, id="no known field"),
+]
+
+
+@pytest.mark.parametrize("request_options", TOGGLES)
+def test_completing_toggles(alice: Client, request_options: dict[str, Any]) -> None:
+    task, other = alice.create(), alice.create()
+    path = f"/api/tasks/{task['id']}/complete"
+    responses = [alice.patch(path, **request_options) for _ in range(3)]
+    assert [response.status_code for response in responses] == [200, 200, 200]
+    assert [response.json()["completed"] for response in responses] == [True, False, True]
+    assert alice.tasks() == [other, responses[-1].json()]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_completing_with_a_body_sets(alice: Client, before: bool, wanted: bool) -> None:
+    task = alice.create(completed=before)
+    for _ in range(2):
+        response = alice.patch(f"/api/tasks/{task['id']}/complete", json={"completed": wanted})
+        assert (response.status_code, response.json()["completed"]) == (200, wanted)
+
+
+def test_completing_changes_no_other_field(service: Service, alice: Client) -> None:
+    task = alice.create("one", description="Two litres")
+    alice.patch(f"/api/tasks/{task['id']}/complete", json={"completed": True, "title": "two", "description": None})
+    [stored] = alice.tasks()
+    assert stored == task | {"completed": True, "updated_at": stored["updated_at"]}
+
+
+def test_two_toggles_at_once_are_both_done(service: Service, alice: Client) -> None:
+    task = alice.create()
+    with ThreadPoolExecutor(2) as threads, psycopg.connect(service.database_url) as connection:
+        connection.execute("SELECT FROM task WHERE id = %s FOR UPDATE", [task["id"]])
+        toggles = [threads.submit(alice.patch, f"/api/tasks/{task['id']}/complete") for _ in range(2)]
+        wait_for_waiting_statements(service, 1)
+        time.sleep(0.1)  # until the other one has come too; it waits for its turn
+        connection.rollback()
+        results = [toggle.result().json()["completed"] for toggle in toggles]
+    assert sorted(results) == [False, True]
+    assert alice.tasks()[0]["completed"] is False
+
+
+# --- What is kept, and what is ignored -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_kept_as_sent(service: Service, alice: Client, text: str) -> None:
+    fields = {"title": text, "description": text}
+    created, put = alice.create(text, description=text), alice.create(description="Two litres")
+    put = alice.put(f"/api/tasks/{put['id']}", json=fields).json()
+    assert alice.tasks() == [put, created]
+    for task in (created, put):
+        assert (task["title"], task["description"]) == (text, text)
+        assert service.sql("SELECT title, description FROM task WHERE id = %s", task["id"]) == [(text, text)]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000"])
+def test_a_blank_description_is_kept_as_sent(alice: Client, text: str) -> None:
+    task = alice.create(description=text)
+    assert task["description"] == text
+    assert alice.put(f"/api/tasks/{task['id']}", json={"description": text}).json()["description"] == text
+
+
+@pytest.mark.parametrize("character", ["a", "é", "漢", "\U0001d4b3", "\u0301", "\x01"], ids=ascii)
+@pytest.mark.parametrize("ensure_ascii", [True, False], ids=["escaped", "in UTF-8"])
+def test_the_longest_texts_are_kept(alice: Client, character: str, ensure_ascii: bool) -> None:
+    """In their longest form too, of twelve bytes for a character."""
+    fields = {"title": character * 200, "description": character * 2000}
+    content = json.dumps(fields, ensure_ascii=ensure_ascii).encode()
+    response = alice.post("/api/tasks", content=content)
+    assert response.status_code == 201
+    assert response.json() == response.json() | fields
+    assert alice.put(f"/api/tasks/{response.json()['id']}", content=content).json()["title"] == fields["title"]
+    assert alice.tasks()[0] == alice.tasks()[0] | fields
+
+
+FOREIGN = {"id": 1, "created_at": "2000-01-01T00:00:00+00:00", "updated_at": "2000-01-01T00:00:00+00:00"}
+
+
+def test_a_client_cannot_set_what_belongs_to_the_server_in_a_new_task(
+    service: Service, alice: Client, bob: Client
+) -> None:
+    hers = alice.create("hers")
+    before = service.rows(alice)
+    task = bob.create("his", **FOREIGN | {"id": hers["id"], "user_id": alice.user_id})
+    assert task["user_id"] == bob.user_id
+    assert task["id"] != hers["id"]
+    assert task["created_at"] > hers["created_at"]
+    assert task["updated_at"] == task["created_at"]
+    assert bob.tasks() == [task]
+    assert service.rows(alice) == before
+
+
+@pytest.mark.parametrize("name", ["id", "user_id", "created_at", "updated_at"])
+def test_a_client_cannot_change_what_belongs_to_the_server(
+    service: Service, alice: Client, bob: Client, name: str
+) -> None:
+    task, his = alice.create(), bob.create()
+    before = service.rows(bob)
+    foreign = FOREIGN | {"id": his["id"], "user_id": bob.user_id}
+    response = alice.put(f"/api/tasks/{task['id']}", json={"title": "new", name: foreign[name]})
+    assert response.status_code == 200
+    assert response.json() == task | {"title": "new", "updated_at": response.json()["updated_at"]}
+    assert response.json()["updated_at"] > task["updated_at"]
+    assert alice.tasks() == [response.json()]
+    assert service.rows(bob) == before
+
+
+@pytest.mark.parametrize(
+    "value", [None, 1, "x", [], {"title": 1}, "\0", "x" * 10_000], ids=lambda value: ascii(value)[:9]
+)
+def test_unknown_fields_are_ignored_whatever_they_hold(alice: Client, value: object) -> None:
+    body = {"title": "one", "colour": value, "Title": value, "": value, "id": value, "user_id": value}
+    response = alice.post("/api/tasks", json=body)
+    assert (response.status_code, response.json()["title"]) == (201, "one")
+    response = alice.put(f"/api/tasks/{response.json()['id']}", json=body | {"title": "two"})
+    assert (response.status_code, response.json()["title"]) == (200, "two")
+    response = alice.patch(f"/api/tasks/{response.json()['id']}/complete", json=body | {"title": value})
+    assert (response.status_code, response.json()["title"], response.json()["completed"]) == (200, "two", True)
+
+
+@pytest.mark.parametrize(
+    "query", ["colour=red", "page=2&limit=1", "Status=pending", "user_id=bob&id=1&task_id=1", "%00=%ff", "&&=;"]
+)
+def test_unknown_query_parameters_are_ignored(alice: Client, query: str) -> None:
+    task, done = alice.create(), alice.create(completed=True)
+    path = f"/api/tasks/{task['id']}"
+    assert alice.get(f"/api/tasks?{query}").json()["items"] == [done, task]
+    assert alice.get(f"{path}?{query}").json() == task
+    assert alice.put(f"{path}?{query}", json={}).json() == task
+    assert alice.patch(f"{path}/complete?{query}").json()["completed"] is True
+    assert alice.delete(f"{path}?{query}").status_code == 204
+    assert alice.post(f"/api/tasks?{query}", json={"title": "new"}).json()["user_id"] == alice.user_id
+
+
+# --- Timestamps ------------------------------------------------------------------------------------------------------
+
+INSTANTS = {
+    "2026-01-31T08:15:30Z": "2026-01-31T08:15:30+00:00",
+    "2026-01-31T08:15:30.1Z": "2026-01-31T08:15:30.100000+00:00",
+    "2026-01-31T08:15:30.123Z": "2026-01-31T08:15:30.123000+00:00",
+    "2026-01-31T08:15:30.000001Z": "2026-01-31T08:15:30.000001+00:00",
+    "2026-01-31T08:15:30.123456Z": "2026-01-31T08:15:30.123456+00:00",
+    "2026-01-31T08:15:30+05:30": "2026-01-31T02:45:30+00:00",
+    "2026-01-31T00:00:00Z": "2026-01-31T00:00:00+00:00",
+    "2026-01-31T12:00:00.5Z": "2026-01-31T12:00:00.500000+00:00",
+    "2024-02-29T23:59:59.999999Z": "2024-02-29T23:59:59.999999+00:00",
+    "1969-12-31T23:59:59.9Z": "1969-12-31T23:59:59.900000+00:00",
+    "0001-01-01T00:00:00.000001Z": "0001-01-01T00:00:00.000001+00:00",
+    "0001-01-01T00:00:01Z": "0001-01-01T00:00:01+00:00",
+    "9999-12-31T23:59:59Z": "9999-12-31T23:59:59+00:00",
+    "9999-12-31T23:59:59.999998Z": "9999-12-31T23:59:59.999998+00:00",
+}
+
+
+@pytest.mark.parametrize(("instant", "text"), INSTANTS.items())
+def test_timestamps_are_in_utc_and_have_six_digits_or_none(
+    service: Service, alice: Client, instant: str, text: str
+) -> None:
+    """As Python's isoformat writes them: none stand for a whole second."""
+    task = alice.create()
+    service.sql("UPDATE task SET created_at = %s, updated_at = %s WHERE id = %s", instant, instant, task["id"])
+    expected = task | {"created_at": text, "updated_at": text}
+    assert alice.get(f"/api/tasks/{task['id']}").json() == expected
+    assert alice.put(f"/api/tasks/{task['id']}", json={}).json() == expected
+    assert alice.tasks() == [expected]
+
+
+def test_timestamps_sort_as_text(service: Service, alice: Client) -> None:
+    for instant in INSTANTS:
+        service.sql("INSERT INTO task (user_id, title, created_at) VALUES (%s, 'a', %s)", alice.user_id, instant)
+    listed = [task["created_at"] for task in alice.tasks()]
+    assert listed == sorted(INSTANTS.values(), reverse=True)
+
+
+def test_new_timestamps_have_the_same_form(alice: Client) -> None:
+    task = alice.create()
+    changed = alice.patch(f"/api/tasks/{task['id']}/complete").json()
+    for text in (task["created_at"], task["updated_at"], changed["updated_at"]):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00", text)
+        assert datetime.fromisoformat(text).isoformat() == text
+
+
+def test_timestamps_do_not_depend_on_the_settings_of_the_database(
+    database_url: str, start_service: Callable[..., Service]
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for setting in ("timezone = 'Asia/Kolkata'", "datestyle = 'German'", "intervalstyle = 'iso_8601'"):
+            connection.execute(f"ALTER DATABASE {connection.info.dbname} SET {setting}".encode())
+    service = start_service(database_url)
+    with service.client("alice") as alice:
+        task = alice.create()
+        service.sql("UPDATE task SET created_at = '2026-01-31T08:15:30Z', updated_at = '2026-01-31T08:15:30.5Z'")
+        [stored] = alice.tasks()
+        assert stored["created_at"] == "2026-01-31T08:15:30+00:00"
+        assert stored["updated_at"] == "2026-01-31T08:15:30.500000+00:00"
+        assert abs(datetime.fromisoformat(task["created_at"]).timestamp() - time.time()) < 60
+        changed = alice.put(f"/api/tasks/{task['id']}", json={"title": "new"}).json()
+        assert abs(datetime.fromisoformat(changed["updated_at"]).timestamp() - time.time()) < 60
+
+
+# --- Paths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zeros", ["0", "00", "0" * 30, "0" * 5000], ids=len)
+def test_an_id_may_have_leading_zeros(alice: Client, zeros: str) -> None:
+    task, other = alice.create(), alice.create()
+    path = f"/api/tasks/{zeros}{task['id']}"
+    assert alice.get(path).json() == task
+    assert alice.put(path, json={"title": "new"}).json()["title"] == "new"
+    assert alice.patch(f"{path}/complete").json()["completed"] is True
+    assert alice.delete(path).status_code == 204
+    assert alice.tasks() == [other]
+
+
+def test_a_trailing_slash_on_the_list_names_the_list(alice: Client, bob: Client) -> None:
+    bob.create()
+    response = alice.post("/api/tasks/", json={"title": "Buy milk"})
+    assert (response.status_code, response.headers["location"]) == (201, f"/api/tasks/{response.json()['id']}")
+    done = alice.create(completed=True)
+    listed = alice.get("/api/tasks/")
+    assert (listed.status_code, listed.json()) == (200, {"items": [done, response.json()]})
+    assert alice.get("/api/tasks/?status=completed").json() == {"items": [done]}
+    assert alice.head("/api/tasks/").status_code == 200
+
+
+def test_a_trailing_slash_on_a_task_names_the_task(service: Service, alice: Client, bob: Client) -> None:
+    task, other, his = alice.create(), alice.create(), bob.create()
+    path = f"/api/tasks/{task['id']}"
+    assert (response := alice.get(f"{path}/")).json() == task, response
+    assert alice.put(f"{path}/", json={"title": "new"}).json() == alice.get(path).json()
+    assert alice.patch(f"{path}/complete/").json()["completed"] is True
+    assert (response := alice.delete(f"{path}/")).status_code == 204, response
+    assert (alice.tasks(), bob.tasks()) == ([other], [his])
+
+
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
+def test_a_trailing_slash_lets_no_stranger_in(
+    service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    task = alice.create()
+    before = service.rows(alice)
+    response = bob.request(method, f"/api/tasks/{task['id']}{action}/", json=body)
+    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert service.rows(alice) == before
+
+
+@pytest.mark.parametrize("path", PAGES[1:])
+def test_a_trailing_slash_on_a_page_names_the_page(nobody: Client, path: str) -> None:
+    with_slash, without = nobody.get(f"{path}/"), nobody.get(path)
+    assert (with_slash.status_code, with_slash.content) == (200, without.content)
+    assert what_is_stable(with_slash) == what_is_stable(without)
+    assert nobody.head(f"{path}/").status_code == 200
+
+
+def test_head_has_the_headers_of_get(alice: Client) -> None:
+    task = alice.create()
+    for path in ("/api/tasks", "/api/tasks?status=completed", f"/api/tasks/{task['id']}", f"/api/tasks/{NO_TASK}"):
+        head, get = alice.head(path), alice.get(path)
+        assert (head.status_code, what_is_stable(head)) == (get.status_code, what_is_stable(get))
+        assert int(head.headers["content-length"]) == len(get.content)
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/docs/swagger_bundle.js", "/api/tasks", "/nothing"])
+def test_head_has_the_headers_of_get_without_a_token(nobody: Client, path: str) -> None:
+    head, get = nobody.head(path), nobody.get(path)
+    assert (head.status_code, what_is_stable(head)) == (get.status_code, what_is_stable(get))
+    assert int(head.headers["content-length"]) == int(get.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/api/tasks", "/api/tasks/1", "/api/tasks/x", "/nothing"])
+@pytest.mark.parametrize("authorization", [f"Bearer {token()}", "none"], ids=["with a token", "without a token"])
+def test_head_has_no_body(service: Service, path: str, authorization: str) -> None:
+    """On the wire: HTTP clients do not look for one."""
+    head = f"HEAD {path} HTTP/1.1\r\nHost: here\r\nAuthorization: {authorization}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert answer.partition(b"\r\n\r\n")[2] == b""
+
+
+def test_a_deletion_has_no_body(service: Service, alice: Client) -> None:
+    task = alice.create()
+    response = alice.delete(f"/api/tasks/{task['id']}")
+    assert (response.status_code, response.content) == (204, b"")
+    assert "content-type" not in response.headers
+    assert "content-length" not in response.headers
+    assert service.rows(alice) == []
+
+
+# --- Beside the tasks ------------------------------------------------------------------------------------------------
+
+
+def test_the_root_says_what_this_is(nobody: Client) -> None:
+    response = nobody.get("/")
+    about = response.json()
+    assert response.status_code == 200
+    assert about.keys() == {"title", "description", "version", "docs_url", "redoc_url", "openapi_url"}
+    assert (about["docs_url"], about["redoc_url"], about["openapi_url"]) == ("/docs", "/redoc", "/openapi.json")
+    assert all(about.values())
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_what_is_beside_the_tasks_needs_no_token(service: Service, nobody: Client, path: str) -> None:
+    assert nobody.get(path).status_code == 200
+    assert nobody.get(path, headers={"Authorization": "Bearer nonsense"}).status_code == 200
+
+
+def test_health_says_ok_and_the_version(nobody: Client) -> None:
+    response = nobody.get("/health")
+    version = nobody.get("/").json()["version"]
+    assert (response.status_code, response.json()) == (200, {"status": "ok", "version": version})
+
+
+def test_the_service_is_ready_while_its_database_answers(nobody: Client) -> None:
+    response = nobody.get("/health/ready")
+    assert (response.status_code, response.json()["status"]) == (200, "ok")

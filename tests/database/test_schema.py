@@ -1,0 +1,460 @@
+"""The schema: what it refuses, and how it is applied, by any number of processes at once and by whom."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import psycopg
+import pytest
+from psycopg import sql
+
+from service import BEGIN, LOCK_TIMEOUT
+from service import apply_schema as apply_on
+from tests.support.service_process import ROOT, SECRET, Client, Service, environment, procfile_line
+from tests.support.tables import (
+    BEYOND_A_LIMIT,
+    BLANK,
+    CHECKS,
+    COLUMNS,
+    INDEXES,
+    MANY_ROWS,
+    TABLES,
+    apply_schema,
+    checks,
+    columns,
+    connect,
+    execute,
+    fingerprint,
+    indexes,
+    insert,
+    make,
+    name_of,
+    old_table,
+    on,
+)
+
+UNAVAILABLE = {"detail": "The database is not available right now, try again soon"}
+PASSWORD = "hunter2-of-the-tests"
+
+AT_A_LIMIT: list[dict[str, Any]] = [
+    *({"user_id": text} for text in ("x", "😀" * 255)),
+    *({"id": number} for number in (1, 2**63 - 1)),
+    *({"title": text} for text in ("x", "😀" * 200, BLANK + "x" + BLANK)),
+    {"title": "\u200b"},  # invisible, and no white space to str.isspace
+    *({"description": text} for text in ("", None, "😀" * 2000)),
+    *({column: moment}
+      for column in ("created_at", "updated_at")
+      for moment in ("0001-01-01 00:00:00.000001Z", "9999-12-31 23:59:59.999998Z")),
+]  # fmt: skip
+
+# --- A fresh database
+
+
+@pytest.fixture(scope="module")
+def fresh_url(new_database: Callable[[], str]) -> str:
+    """A database with the schema and nothing else; tests leave nothing in it."""
+    url = new_database()
+    apply_schema(url)
+    return url
+
+
+@pytest.fixture
+def fresh(fresh_url: str) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """A connection whose changes are undone after the test."""
+    with psycopg.connect(fresh_url) as connection:
+        yield connection
+        connection.rollback()
+
+
+def test_a_fresh_database_gets_the_table_whose_key_and_indexes_begin_with_the_user(fresh_url: str) -> None:
+    assert columns(fresh_url) == COLUMNS | {"id": ["bigint", "NO", None, "BY DEFAULT"]}
+    assert checks(fresh_url) == CHECKS
+    assert indexes(fresh_url) == INDEXES | {"public.task USING btree (user_id, id)"}
+    key = execute(fresh_url, "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'task_pkey'")
+    assert key == [("PRIMARY KEY (user_id, id)",)]
+
+
+@pytest.mark.parametrize(("constraint", "fields"), BEYOND_A_LIMIT)
+def test_a_row_and_a_change_beyond_a_limit_are_refused_by_name(
+    fresh: psycopg.Connection[tuple[Any, ...]], constraint: str, fields: dict[str, Any]
+) -> None:
+    [(column, value)] = fields.items()
+    with pytest.raises(psycopg.errors.CheckViolation) as refusal, fresh.transaction():
+        insert(fresh, fields)
+    assert refusal.value.diag.constraint_name == constraint
+    insert(fresh, {})
+    with pytest.raises(psycopg.errors.CheckViolation) as refusal:
+        fresh.execute(sql.SQL("UPDATE task SET {} = {}").format(sql.Identifier(column), sql.Literal(value)))
+    assert refusal.value.diag.constraint_name == constraint
+
+
+@pytest.mark.parametrize("fields", AT_A_LIMIT)
+def test_a_row_at_a_limit_is_accepted_unchanged(
+    fresh: psycopg.Connection[tuple[Any, ...]], fields: dict[str, Any]
+) -> None:
+    insert(fresh, fields)
+    [(column, value)] = fields.items()
+    if column in ("created_at", "updated_at"):
+        value = fresh.execute(sql.SQL("SELECT {}::timestamptz").format(sql.Literal(value))).fetchall()[0][0]
+    assert fresh.execute(sql.SQL("SELECT {} FROM task").format(sql.Identifier(column))).fetchall() == [(value,)]
+
+
+@pytest.mark.parametrize("column", ["user_id", "id", "title", "completed", "created_at", "updated_at"])
+def test_only_a_description_and_what_is_kept_of_a_key_may_be_null(
+    fresh: psycopg.Connection[tuple[Any, ...]], column: str
+) -> None:
+    with pytest.raises(psycopg.errors.NotNullViolation) as refusal:
+        insert(fresh, {column: None})
+    assert refusal.value.diag.column_name == column
+
+
+@pytest.mark.parametrize("character", BLANK, ids=[f"U+{ord(character):04X}" for character in BLANK])
+def test_a_title_of_white_space_is_refused(fresh: psycopg.Connection[tuple[Any, ...]], character: str) -> None:
+    for title in (character, character * 200, f" {character} "):
+        with pytest.raises(psycopg.errors.CheckViolation) as refusal, fresh.transaction():
+            insert(fresh, {"title": title})
+        assert refusal.value.diag.constraint_name == "task_title"
+
+
+def test_blank_means_what_python_means_in_all_of_unicode(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
+    """The constraint itself is asked about every character that PostgreSQL can store."""
+    [(definition,)] = fresh.execute("SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'task_title'")
+    characters = [chr(code) for code in range(1, sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
+    rule = sql.SQL(definition.removeprefix("CHECK "))
+    asked = sql.SQL("SELECT title FROM unnest(%s::text[]) AS title WHERE NOT ({})").format(rule)
+    refused = fresh.execute(asked, [characters])
+    assert {title for (title,) in refused} == set(BLANK)
+
+
+def test_another_writer_may_leave_the_rest_to_the_defaults(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
+    insert(fresh, {})
+    insert(fresh, {})
+    rows = fresh.execute("SELECT description, completed, created_at = now(), updated_at = now() FROM task").fetchall()
+    assert rows == [(None, False, True, True)] * 2
+    [(first,), (second,)] = fresh.execute("SELECT id FROM task ORDER BY id").fetchall()
+    assert 0 < first < second
+
+
+def test_two_users_may_have_tasks_with_one_id(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
+    for user_id in ("alice", "bob"):
+        insert(fresh, {"user_id": user_id, "id": 7})
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        insert(fresh, {"user_id": "bob", "id": 7})
+
+
+def test_a_key_is_there_once_for_each_user(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
+    """Rows without a key are as many as they like."""
+    for user_id, key in [("bob", "a"), *(("alice", key) for key in ("a", "A", "b", None, None))]:
+        insert(fresh, {"user_id": user_id, "idempotency_key": key, "request_hash": key and "1"})
+    for request_hash in ("1", "2", None):
+        with pytest.raises(psycopg.errors.UniqueViolation) as refusal, fresh.transaction():
+            insert(fresh, {"user_id": "alice", "idempotency_key": "a", "request_hash": request_hash})
+        assert refusal.value.diag.constraint_name == "task_idempotency_key_idx"
+
+
+def test_the_longest_key_of_the_longest_user_id_fits_the_index(fresh: psycopg.Connection[tuple[Any, ...]]) -> None:
+    """Of characters that do not compress."""
+    choices = random.Random(1)
+    user_id = "".join(chr(choices.randrange(0x10000, 0x110000)) for _ in range(255))
+    key = "".join(chr(choices.randrange(0x21, 0x7F)) for _ in range(255))
+    insert(fresh, {"user_id": user_id, "idempotency_key": key, "request_hash": "0" * 64})
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        insert(fresh, {"user_id": user_id, "idempotency_key": key, "request_hash": "1" * 64})
+
+
+@on("fresh", "1.0")
+@pytest.mark.parametrize(
+    "setting", ["DateStyle = 'SQL, DMY'", "timezone = 'Pacific/Auckland'", "standard_conforming_strings = off"]
+)
+def test_the_limits_do_not_depend_on_the_settings_of_the_database(database_url: str, tables: str, setting: str) -> None:
+    execute(database_url, f"ALTER DATABASE {name_of(database_url)} SET {setting}")
+    make(database_url, tables)
+    with connect(database_url) as connection:
+        connection.execute("SET DateStyle = 'ISO'; SET standard_conforming_strings = on")
+        for fields in AT_A_LIMIT:
+            insert(connection, {"user_id": "bob"} | fields)
+        for constraint, fields in BEYOND_A_LIMIT:
+            with pytest.raises(psycopg.errors.CheckViolation) as refusal:
+                insert(connection, fields)
+            assert refusal.value.diag.constraint_name == constraint
+
+
+def test_a_database_that_is_not_in_utf8_is_refused_in_a_sentence(
+    database_url: str, start_service: Callable[..., Service]
+) -> None:
+    url = f"{database_url}_latin1"
+    encoding = "TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
+    execute(database_url, f"CREATE DATABASE {name_of(url)} {encoding}")
+    try:
+        assert_one_sentence(migrate(url), "the encoding of the database is LATIN1, and must be UTF8")
+        service = start_service(url)
+        assert "waiting for the database: the encoding of the database is LATIN1" in service.log
+        assert "Traceback" not in service.log
+        assert_unavailable(service)
+        assert execute(url, "SELECT to_regclass('task')") == [(None,)]
+    finally:
+        execute(database_url, f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+
+
+def assert_unavailable(service: Service) -> None:
+    with service.client("alice") as alice:
+        requests = alice.get("/health/ready"), alice.get("/api/tasks"), alice.post("/api/tasks", json={"title": "x"})
+    for response in requests:
+        assert (response.status_code, response.json()) == (503, UNAVAILABLE)
+        assert int(response.headers["retry-after"]) > 0
+
+
+# --- Applied again
+
+
+@on(*TABLES)
+def test_migrate_applies_the_schema_and_changes_nothing_the_second_time(database_url: str, tables: str) -> None:
+    """In a database that lets nobody write, so that no process even takes the number of a transaction."""
+    execute(database_url, tables and tables + MANY_ROWS)
+    found: list[list[tuple[Any, ...]]] = []
+    for _ in range(3):
+        result = migrate(database_url)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert checks(database_url) == CHECKS
+        assert indexes(database_url) >= INDEXES
+        found.append(fingerprint(database_url))
+        if len(found) == 1:
+            execute(database_url, f"ALTER DATABASE {name_of(database_url)} SET default_transaction_read_only = on")
+    assert found[0] == found[1] == found[2]
+    assert len([kind for kind, *_ in found[0] if kind == "row"]) == (5000 if tables else 0)
+
+
+@on("fresh", "old", "1.0")
+def test_applying_the_schema_again_waits_for_nobody_who_uses_the_table(database_url: str, tables: str) -> None:
+    make(database_url, tables)
+    with psycopg.connect(database_url) as busy:
+        busy.execute("LOCK TABLE task IN ACCESS EXCLUSIVE MODE")
+        apply_schema(database_url)
+
+
+@on("fresh", "old", "1.0")
+@pytest.mark.parametrize(
+    "index", ["task_user_id_created_at_id_idx", "task_user_id_completed_created_at_id_idx", "task_idempotency_key_idx"]
+)
+def test_an_index_that_somebody_has_dropped_is_made_again(database_url: str, tables: str, index: str) -> None:
+    make(database_url, tables)
+    complete = indexes(database_url)
+    execute(database_url, f"DROP INDEX {index}")
+    assert len(indexes(database_url)) == len(complete) - 1
+    apply_schema(database_url)
+    assert indexes(database_url) == complete
+
+
+# --- Many at once
+
+[LOCK] = re.findall(r"pg_advisory_xact_lock\([0-9]+\)", BEGIN)
+
+
+async def apply_by_many(url: str, tables: str, rounds: int) -> None:
+    """Apply the schema on eight connections at once, again and again; raise the first error."""
+    settings = {"lock_timeout": LOCK_TIMEOUT}
+    async with AsyncExitStack() as stack:
+        pools = [asyncpg.create_pool(url, min_size=1, max_size=1, server_settings=settings) for _ in range(8)]
+        for pool in pools:
+            await stack.enter_async_context(pool)
+        for _ in range(rounds):
+            await pools[0].execute(f"DROP TABLE IF EXISTS task; {tables}")
+            await asyncio.gather(*(apply_on(pool) for pool in pools))
+
+
+@on(*TABLES)
+def test_eight_connections_can_apply_the_schema_at_once(database_url: str, tables: str) -> None:
+    asyncio.run(apply_by_many(database_url, tables, rounds=10))
+    assert checks(database_url) == CHECKS
+    assert indexes(database_url) >= INDEXES
+
+
+@on(*TABLES)
+def test_many_processes_can_start_at_once(
+    database_url: str, start_service: Callable[..., Service], tables: str
+) -> None:
+    execute(database_url, tables and tables + MANY_ROWS)
+    services = [start_service(database_url, wait=False) for _ in range(2 if tables else 8)]
+    for service in services:
+        service.wait_until_ready(60)
+    for service in services:
+        with service.client("alice") as alice:
+            alice.create()
+        assert not re.search("waiting for the database|error|traceback", service.log, re.IGNORECASE), service.log
+    with services[0].client("alice") as alice:
+        assert len(alice.tasks()) == len(services)
+
+
+@on("fresh", "old", "1.0", "1.0, without keys")
+def test_the_schema_waits_for_a_lock_longer_than_a_request_would(database_url: str, tables: str) -> None:
+    """For another process that applies it, or for somebody who reads the table that is to be adopted."""
+    long = f"clock_timestamp() - state_change > 4 * interval '{LOCK_TIMEOUT}'"
+    waiting = f"wait_event_type = 'Lock' AND datname = current_database() AND {long}"
+    execute(database_url, tables)
+    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as busy:
+        busy.execute(b"SELECT FROM task" if tables else f"SELECT {LOCK}".encode())
+        applied = threads.submit(apply_schema, database_url)
+        deadline = time.monotonic() + 30
+        while not execute(database_url, f"SELECT 1 FROM pg_stat_activity WHERE {waiting}"):
+            assert not applied.done(), applied.exception()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        busy.rollback()
+        applied.result(30)
+    assert checks(database_url) == CHECKS
+
+
+# --- A role that owns nothing
+
+
+@pytest.fixture
+def role(database_url: str) -> Iterator[str]:
+    """A role that may create nothing in the test's database."""
+    name = f"app_{uuid.uuid4().hex[:12]}"
+    execute(database_url, f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    yield name
+    execute(database_url, f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def grants(role: str, *, serial: bool = False) -> str:
+    sequence = f"GRANT USAGE ON SEQUENCE task_id_seq TO {role}" if serial else ""
+    return f"GRANT SELECT, INSERT, UPDATE, DELETE ON task TO {role}; {sequence}"
+
+
+def url_as(role: str, url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{role}:{PASSWORD}@{parts.hostname}:{parts.port}").geturl()
+
+
+@on("fresh", "old", "1.0", "1.0, adopted", "1.0, without keys")
+def test_a_role_that_owns_nothing_runs_on_a_table_that_is_there(
+    database_url: str, role: str, start_service: Callable[..., Service], tables: str
+) -> None:
+    make(database_url, tables)
+    execute(database_url, grants(role, serial="SERIAL" in tables))
+    service = start_service(url_as(role, database_url))
+    with service.client("alice") as alice, service.client("bob") as bob:
+        use_one_task(alice)
+        kept = alice.create()
+        assert alice.tasks() == [kept]
+        assert bob.tasks() == []
+    assert "waiting for the database" not in service.log
+
+
+def use_one_task(client: Client) -> None:
+    """Create, get, complete, change and delete a task."""
+    task = client.create()
+    path = f"/api/tasks/{task['id']}"
+    assert client.get(path).json() == task
+    assert client.patch(f"{path}/complete").json()["completed"] is True
+    assert client.put(path, json={"title": "changed"}).json()["title"] == "changed"
+    assert client.delete(path).status_code == 204
+
+
+@pytest.mark.long
+def test_a_role_that_owns_nothing_waits_for_the_table(
+    database_url: str, role: str, start_service: Callable[..., Service]
+) -> None:
+    service = start_service(url_as(role, database_url))
+    assert_unavailable(service)
+    assert len([line for line in service.log.splitlines() if "permission denied for schema public" in line]) == 1
+    assert "Traceback" not in service.log
+    assert PASSWORD not in service.log
+
+    apply_schema(database_url)
+    execute(database_url, grants(role))
+    service.wait_until_ready()
+    with service.client("alice") as alice:
+        use_one_task(alice)
+
+
+# --- python service.py migrate
+
+
+def migrate(url: str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", "-c", f"exec env {procfile_line('release')}"]
+    variables = environment(DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], reason: str) -> None:
+    assert result.returncode != 0
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert reason in result.stderr
+    assert PASSWORD not in result.stderr
+    assert result.stdout == ""
+
+
+def test_migrate_says_that_nobody_listens() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"postgresql://app:{PASSWORD}@127.0.0.1:{unused.getsockname()[1]}/tasks"
+        assert_one_sentence(migrate(url), "Connect call failed")
+
+
+def test_migrate_says_that_nobody_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://app:{PASSWORD}@127.0.0.1:{silent.getsockname()[1]}/tasks?connect_timeout=1"
+        result = migrate(url)
+    assert_one_sentence(result, "imeout")
+    assert not result.stderr.rstrip().endswith(":")
+
+
+def test_migrate_says_that_the_database_is_not_there(database_url: str) -> None:
+    assert_one_sentence(migrate(f"{database_url}_absent"), f'database "{name_of(database_url)}_absent" does not exist')
+
+
+def test_migrate_says_that_the_role_may_create_nothing(database_url: str, role: str) -> None:
+    assert_one_sentence(migrate(url_as(role, database_url)), "permission denied for schema public")
+
+
+def test_migrate_says_what_stands_in_the_way_of_adoption_and_changes_nothing(database_url: str) -> None:
+    """PostgreSQL says this in two lines."""
+    execute(database_url, old_table(nullable=True) + MANY_ROWS)
+    execute(database_url, "CREATE VIEW titles AS SELECT id, title FROM task; UPDATE task SET title = NULL WHERE id < 9")
+    before = fingerprint(database_url)
+    assert_one_sentence(migrate(database_url), "used by a view")
+    assert fingerprint(database_url) == before
+
+
+# --- Indexes
+
+
+@pytest.fixture(scope="module", params=["fresh", "old", "1.0"])
+def filled_url(request: pytest.FixtureRequest, new_database: Callable[[], str]) -> str:
+    """A database with 100 tasks of each of 50 users."""
+    url = new_database()
+    make(url, TABLES[request.param])
+    execute(url, MANY_ROWS + "ANALYZE task")
+    return url
+
+
+def test_no_request_reads_the_whole_table(filled_url: str, start_service: Callable[..., Service]) -> None:
+    """PostgreSQL counts the scans; a connection that ends hands in its counts."""
+    clients = "pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
+    counts = "SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relname = 'task'"
+    [(sequential, by_index)] = execute(filled_url, counts)
+    service = start_service(filled_url)
+    with service.client("user-7") as client:
+        for _ in range(10):
+            assert len(client.tasks()) == 100
+            use_one_task(client)
+    service.stop()
+    while execute(filled_url, f"SELECT count(*) FROM {clients}") != [(1,)]:
+        time.sleep(0.05)
+    [(sequential_after, by_index_after)] = execute(filled_url, counts)
+    assert sequential_after == sequential
+    assert by_index_after >= by_index + 50

