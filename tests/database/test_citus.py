@@ -6,7 +6,7 @@ which knows the volatility of each function. They were found with Citus 13.2 on 
 With a cluster at hand:
 
     TEST_CITUS_URL=postgresql://user:password@coordinator/database uv run pytest --citus -n 0 \\
-        tests/database/test_citus.py tests/api/test_{tasks,conditions,concurrency,isolation,errors}.py
+        tests/database/test_citus.py tests/api
 
 All of it happens in that one database, where each database of the other tests is a schema, with a distributed table of
 its own, that the `search_path` in the URL chooses. A database of its own would have to be made on each worker too.

@@ -62,8 +62,12 @@ PRIORITY = """\
      completed = CASE WHEN $9 THEN $10 ELSE completed END,
 +    priority = CASE WHEN $11 THEN $12 ELSE priority END,
 """
-API = ("tasks", "conditions", "isolation", "errors", "answers", "concurrency", "properties")
-TESTS = [*(f"tests/api/test_{name}.py" for name in API), "tests/http/test_hostile_requests.py"]
+API = (
+    "tasks", "timestamps", "paths", "errors", "bodies", "etags", "if_match", "idempotency", "races",
+    "repeating_clients", "headers", "cors", "log_lines", "isolation", "concurrency", "properties",
+)  # fmt: skip
+TESTS = [f"tests/api/test_{name}.py" for name in API]
+TESTS += ["tests/http/test_hostile_requests.py", "tests/http/test_framing.py"]
 
 
 def changed(file: Path, hunks: str) -> str:

@@ -200,7 +200,7 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def test_every_fault_of_the_table_has_a_test_that_makes_its_line() -> None:
-    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*/test_*.py"))
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     made = set(re.findall(r'figures\(\s*"([^"]+)"', tests))
     assert {row[0] for row in table("When something dies")} == made
 

@@ -13,7 +13,10 @@ import pytest
 from sql import SCHEMA
 from tests.support.service_process import ROOT
 
-API = ("tasks", "conditions", "concurrency", "isolation", "errors")
+API = (
+    "tasks", "timestamps", "paths", "errors", "bodies", "etags", "if_match", "idempotency", "races",
+    "repeating_clients", "concurrency", "isolation",
+)  # fmt: skip
 FILES = {ROOT / "tests" / "database" / "test_citus.py", *(ROOT / "tests" / "api" / f"test_{name}.py" for name in API)}
 NOT_ON_CITUS = {
     # They wait for statements that wait for a lock, which are to be seen on the worker alone.

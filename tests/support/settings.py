@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import re
 import subprocess
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
+import psycopg
+import psycopg.sql
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -13,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 import service
-from tests.support.service_process import ROOT, SECRET, environment
+from tests.support.postgres import Postgres
+from tests.support.service_process import ROOT, SECRET, Service, environment
 
 PYTHON = ["python", "service.py"]
 URL = "postgresql://user:hunterswordfish@127.0.0.1:1/db"
@@ -52,3 +60,53 @@ def write_certificate(certificate: Path, key: Path) -> None:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
+
+
+StartService = Callable[..., Service]
+
+# The two halves of the password in every URL below: neither may ever be printed.
+HALVES = ("hunter", "swordfish")
+
+
+def assert_nothing_leaked(output: str) -> None:
+    assert "Traceback" not in output
+    assert not any(half in output for half in HALVES)
+    assert SECRET not in output
+
+
+def assert_works(service: Service) -> None:
+    """Assert that a task can be written and read back."""
+    service.wait_until_ready()
+    with service.client(f"user-{uuid.uuid4().hex}") as client:
+        task = client.create("Buy milk")
+        assert client.tasks() == [task]
+
+
+def assert_waits(service: Service, reason: str) -> None:
+    """Assert that a service that has just been started logs why it waits for the database."""
+    deadline = time.monotonic() + 15
+    while not re.search(f"^waiting for the database: .*{reason}", service.log, re.MULTILINE):
+        assert time.monotonic() < deadline, service.log
+        time.sleep(0.05)
+    service.process.kill()  # it would be stopped, but only after waiting for some seconds
+
+
+SPECIAL = "p@ss:w/o?r#d [x]%25%&=+;,$!'\"\\`^{|}~<>é"
+HBA = """\
+local all all trust
+host all postgres all trust
+host all all all scram-sha-256
+"""
+
+
+def secured_url(postgres: Postgres, database: str) -> str:
+    return f"postgresql://{database}:{quote(SPECIAL, safe='')}@127.0.0.1:{postgres.port}/{database}"
+
+
+def client_addresses(postgres: Postgres, database: str) -> set[str | None]:
+    """Return where the connections to a database come from: None is a socket."""
+    query = """
+        SELECT host(client_addr) FROM pg_stat_activity WHERE datname = %s AND backend_type = 'client backend'
+    """
+    with psycopg.connect(postgres.url()) as admin:
+        return {row[0] for row in admin.execute(query, [database])}

@@ -63,3 +63,13 @@ def assert_refused(response: httpx.Response, detail: str = "Invalid token") -> N
     assert (response.status_code, response.json()) == (401, {"detail": detail})
     assert response.headers["www-authenticate"] == challenge
     assert response.headers["content-type"] == "application/json"
+
+
+STRICT_SECRET = "Schlüssel, 密码, 🔑 and a few letters more"
+AUDIENCE = "https://app.example.com"
+ISSUER = "https://auth.example.com"
+
+
+def sign_strictly(user_id: str, *, secret: str = STRICT_SECRET, **changes: Any) -> str:
+    right = {"aud": AUDIENCE, "iss": ISSUER}
+    return sign(claims(user_id, **(right | changes)), key=secret.encode())

@@ -1,0 +1,169 @@
+"""Secrets and keys that are replaced by new ones."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from tests.support.issuer import (
+    GENERATE,
+    KEY,
+    KEYS,
+    STRANGER,
+    Key,
+    by_an_unknown_key,
+    failures,
+    issuers_and_services,
+    key_set,
+    page,
+)
+from tests.support.service_process import ROOT, SECRET, Client, environment, token
+from tests.support.tokens import (
+    AUDIENCE,
+    ISSUER,
+    OLD_SECRET,
+    STRICT_SECRET,
+    ask,
+    assert_refused,
+    caller,
+    claims,
+    new_user,
+    sign,
+    sign_strictly,
+)
+
+# --- While the secret is rotated -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secret", [STRICT_SECRET, OLD_SECRET], ids=["new", "old"])
+def test_a_token_by_the_new_or_the_old_secret_is_accepted(strict_http: Client, secret: str) -> None:
+    user = new_user()
+    for _ in range(2):  # the second one may come from the cache
+        assert caller(strict_http, sign_strictly(user, secret=secret)) == user
+
+
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        ({"exp": 1}, "Token has expired"),
+        ({"exp": None}, "Invalid token"),
+        ({"sub": ""}, "Invalid token"),
+        ({"aud": ISSUER}, "Invalid token"),
+        ({"iss": AUDIENCE}, "Invalid token"),
+        ({"nbf": 4_000_000_000}, "Invalid token"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("secret", [STRICT_SECRET, OLD_SECRET], ids=["new", "old"])
+def test_a_token_by_the_old_secret_is_refused_in_the_same_words(
+    strict_http: Client, secret: str, changes: dict[str, Any], detail: str
+) -> None:
+    assert_refused(ask(strict_http, sign_strictly(new_user(), secret=secret, **changes)), detail)
+
+
+@pytest.mark.parametrize(("algorithm", "digest"), [("HS384", "sha384"), ("HS512", "sha512"), ("EdDSA", "sha256")])
+def test_the_old_secret_is_good_for_no_other_algorithm(strict_http: Client, algorithm: str, digest: str) -> None:
+    payload = claims(new_user(), aud=AUDIENCE, iss=ISSUER)
+    assert_refused(ask(strict_http, sign(payload, {"alg": algorithm}, key=OLD_SECRET.encode(), by=digest)))
+
+
+def test_new_tokens_are_signed_with_the_new_secret() -> None:
+    settings = environment(
+        DATABASE_URL="postgresql://nowhere.example", BETTER_AUTH_SECRET=STRICT_SECRET, BETTER_AUTH_SECRET_OLD=OLD_SECRET
+    )
+    printed = subprocess.run(
+        ["python", "service.py", "token", "alice"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert jwt.decode(printed, STRICT_SECRET, algorithms=["HS256"])["sub"] == "alice"
+
+
+# --- Keys that come and go -------------------------------------------------------------------------------------------
+
+
+def test_a_new_key_is_accepted_from_the_first_request_on_and_the_old_one_while_it_is_listed(database: str) -> None:
+    old, new = KEYS["EdDSA"], KEYS["ES256"]
+    with issuers_and_services(database, page(key_set(old))) as [(issuer, service)], service.client() as client:
+        user = new_user()
+        assert caller(client, old.sign(issuer.claims(user))) == user
+        issuer.publish(new, old)
+        assert caller(client, new.sign(issuer.claims(user))) == user
+        assert caller(client, old.sign(issuer.claims(user, n=1))) == user
+        assert len(issuer.paths) == 2
+
+
+def test_a_key_made_up_by_somebody_keeps_the_next_new_one_out_of_no_request(database: str) -> None:
+    with issuers_and_services(database, page(key_set(KEY))) as [(issuer, service)], service.client() as client:
+        for algorithm in ("ES256", "RS256"):
+            assert_refused(ask(client, by_an_unknown_key(issuer)))
+            issuer.publish(KEY, KEYS[algorithm])
+            user = new_user()
+            assert caller(client, KEYS[algorithm].sign(issuer.claims(user))) == user
+        assert len(issuer.paths) == 5
+
+
+def test_a_retired_key_ends_for_every_token_when_the_keys_are_fetched_again(database: str) -> None:
+    old, new = KEYS["EdDSA"], KEYS["ES256"]
+    with (
+        issuers_and_services(database, page(key_set(old, new)), BETTER_AUTH_SECRET=SECRET) as [(issuer, service)],
+        service.client() as client,
+    ):
+        user = new_user()
+        used, fresh = old.sign(issuer.claims(user)), old.sign(issuer.claims(user, n=1))
+        others = [new.sign(issuer.claims(user)), token(user)]
+        for text in (used, *others):
+            assert caller(client, text) == user
+        issuer.publish(new)
+        assert_refused(ask(client, STRANGER.sign(issuer.claims(user))))
+        for text in (used, fresh):
+            assert_refused(ask(client, text))
+        for text in others:
+            assert caller(client, text) == user
+
+
+MALFORMED: list[object] = [
+    None,
+    "keys",
+    7,
+    [],
+    {"kty": "oct", "kid": "no secret"},
+    {"kty": "RSA", "alg": ["RS256"]},
+    Key("ES256", alg="none"),
+    Key("ES256", kid=[]),
+    Key("ES256", use=["sig"]),
+    Key("EdDSA", x="\u00e9"),
+    Key("EdDSA", x=7),
+]
+
+
+def test_keys_that_cannot_be_read_beside_a_good_one_do_no_harm(database: str) -> None:
+    answers = page(key_set(*MALFORMED, KEY))
+    with issuers_and_services(database, answers) as [(issuer, service)], service.client() as client:
+        user = new_user()
+        assert caller(client, KEY.sign(issuer.claims(user))) == user
+        assert failures(service) == 0
+
+
+def test_a_key_too_short_for_its_algorithm_verifies_nothing(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 7518, section 3.3, demands 2048 bits."""
+    monkeypatch.setitem(GENERATE, "RS256", lambda: rsa.generate_private_key(65537, 1024))
+    weak = Key("RS256")
+    with issuers_and_services(database, page(key_set(weak, KEY))) as [(issuer, service)], service.client() as client:
+        assert_refused(ask(client, weak.sign(issuer.claims(new_user()))))
+        assert ask(client, KEY.sign(issuer.claims(new_user()))).status_code == 200
+
+
+@pytest.mark.long
+def test_a_key_that_comes_back_under_the_same_id_as_another_one_replaces_it(database: str) -> None:
+    theirs = Key("EdDSA", kid=KEY.kid)
+    with issuers_and_services(database, page(key_set(KEY))) as [(issuer, service)], service.client() as client:
+        user = new_user()
+        used = KEY.sign(issuer.claims(user))
+        assert caller(client, used) == user
+        issuer.publish(theirs)
+        assert_refused(ask(client, STRANGER.sign(issuer.claims(user))))
+        assert_refused(ask(client, used))
+        assert caller(client, theirs.sign(issuer.claims(user), kid=KEY.kid)) == user

@@ -1,0 +1,74 @@
+"""What the protocol takes from uvicorn is still there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from tests.support.service_process import ROOT
+
+# --- uvicorn ---------------------------------------------------------------------------------------------------------
+
+OVERRIDDEN = {
+    "connection_made", "data_received", "on_message_begin", "on_headers_complete", "on_body", "on_message_complete",
+    "on_response_complete",
+}  # fmt: skip
+USED = {
+    "self": {"parser", "loop", "transport", "connections", "flow", "cycle", "headers",
+             "timeout_keep_alive"},
+    "cycle": {"keep_alive", "response_started", "response_complete"},
+    "flow": {"resume_reading"},
+}  # fmt: skip
+"""What HttpProtocol takes from uvicorn."""
+
+
+def test_uvicorn_still_has_all_that_the_protocol_takes_from_it() -> None:
+    async def app(scope: object, receive: object, send: object) -> None: ...
+
+    config = Config(app, log_config=None, http=HttpToolsProtocol)
+    protocol = HttpToolsProtocol(config, ServerState(), {}, _loop=object())  # type: ignore[arg-type]  # it only keeps it
+    protocol.scope = {}  # type: ignore[typeddict-item]  # as every one that a head sets
+    missing = {name for name in OVERRIDDEN if name not in vars(HttpToolsProtocol)}
+    set_later = set(re.findall(r"self\.(\w+)(?:: .+)? = ", inspect.getsource(HttpToolsProtocol.on_message_begin)))
+    missing |= USED["self"] - vars(protocol).keys() - set_later
+    missing |= USED["cycle"] - set(re.findall(r"self\.(\w+)", inspect.getsource(RequestResponseCycle.__init__)))
+    missing |= USED["flow"] - vars(FlowControl).keys()
+    assert missing == set()
+    assert {400, 408, 431} <= STATUS_LINE.keys()
+    # uvicorn takes the protocol for its transport, and the protocol waits for uvicorn to call all that it overrides.
+    assert set(re.findall(r"self\.transport\.(\w+)", inspect.getsource(RequestResponseCycle))) == {
+        "write", "close", "is_closing",
+    }  # fmt: skip
+    for method in ("shutdown", "connection_lost"):
+        used = re.findall(r"self\.transport\.(\w+)", inspect.getsource(getattr(HttpToolsProtocol, method)))
+        assert used == ["close"], method
+    heads = inspect.getsource(HttpToolsProtocol.on_headers_complete)
+    assert "transport=self.transport" in heads
+    assert "self._start_asgi_task(self.cycle, app)" in heads
+    assert "on_response=self.on_response_complete" in heads
+
+
+def test_the_protocol_takes_no_more_from_uvicorn_than_that() -> None:
+    tree = ast.parse((ROOT / "service.py").read_text())
+    (protocol,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "HttpProtocol")
+    methods = {node.name for node in protocol.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert methods & vars(HttpToolsProtocol).keys() <= OVERRIDDEN
+    taken: dict[str, set[str]] = {name: set() for name in USED}
+    own = set(methods)
+    for node in ast.walk(protocol):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value
+        name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+        if name in taken:
+            taken[name].add(node.attr)
+        if name == "self" and isinstance(node.ctx, ast.Store) and node.attr not in USED["self"]:
+            own.add(node.attr)
+    taken["self"] -= own
+    assert all(taken[name] <= USED[name] for name in USED), taken

@@ -1,0 +1,154 @@
+"""DATABASE_URL, as each provider writes it: hosts, sockets, passwords and queries."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import socket
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import psycopg
+import psycopg.sql
+import pytest
+from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
+
+import service
+from tests.support.postgres import Postgres, free_port
+from tests.support.settings import (
+    StartService,
+    assert_nothing_leaked,
+    assert_waits,
+    assert_works,
+    client_addresses,
+    secured_url,
+)
+
+# --- What can be served with works -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "address", "ignored"),
+    [
+        ("postgres://u:p@h.neon.tech/db?sslmode=require&channel_binding=require", ("h.neon.tech", 5432, "require"), []),
+        ("postgresql+asyncpg://u:p@h:5433/db?ssl=require", ("h", 5433, "require"), []),
+        ("POSTGRESQL+PSYCOPG://u:p@h/db?ssl=true&pgbouncer=true", ("h", 5432, "require"), []),
+        ("postgresql://u:p@h:6543/db?ssl=false&connection_limit=1", ("h", 6543, "disable"), ["connection_limit"]),
+        ("postgresql://u:p@h/db?sslmode=&schema=public&options=-c%20a%3Db", ("h", 5432, "prefer"), ["schema"]),
+        ("postgresql://u:p@[2001:db8::1]:6000/db", ("2001:db8::1", 6000, "prefer"), []),
+        ("postgresql://u:p@/db?host=h&port=6000", ("h", 6000, "prefer"), []),
+    ],
+)
+def test_asyncpg_reads_what_a_url_says(url: str, address: tuple[str, int, str], ignored: list[str]) -> None:
+    arguments, left_out = service.read_database_url(url)
+    nothing_else = dict.fromkeys(inspect.signature(parse_dsn).parameters)
+    [(host, port)], parameters = parse_dsn(**nothing_else | {"dsn": arguments["dsn"]})
+    assert (host, port, parameters.sslmode.name) == address
+    assert (parameters.user, parameters.password, parameters.database) == ("u", "p", "db")
+    assert (parameters.server_settings or {}).keys() <= {"options"}
+    assert left_out == ignored
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql+asyncpg", "POSTGRESQL"])
+def test_every_scheme_of_postgresql_connects(scheme: str, database_url: str, start_service: StartService) -> None:
+    service = start_service(database_url.replace("postgresql", scheme, 1))
+    assert_works(service)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sslmode=prefer&channel_binding=require&gssencmode=disable",
+        "pgbouncer=true&connect_timeout=5&application_name=tasks",
+        "prepared_statement_cache_size=0&statement_cache_size=0",
+        "sslmode=",
+    ],
+)
+def test_a_query_as_providers_write_it_connects_without_a_warning(
+    query: str, database_url: str, start_service: StartService
+) -> None:
+    service = start_service(f"{database_url}?{query}")
+    assert_works(service)
+    assert not any(key in service.log for key in re.findall("[a-z_]{6,}", query))
+
+
+def test_keys_that_are_not_known_are_dropped_with_one_warning_that_has_no_values(
+    database_url: str, start_service: StartService
+) -> None:
+    service = start_service(f"{database_url}?schema=hunter&connection_limit=1&supa=swordfish&application_name=tasks")
+    assert_works(service)
+    warnings = [line for line in service.log.splitlines() if "schema" in line or "connection_limit" in line]
+    assert len(warnings) == 1, warnings
+    assert all(key in warnings[0] for key in ("DATABASE_URL", "schema", "connection_limit", "supa"))
+    assert "application_name" not in warnings[0]
+    assert_nothing_leaked(service.log)
+
+
+def test_spaces_around_the_url_do_no_harm(database_url: str, start_service: StartService) -> None:
+    assert_works(start_service(f" {database_url}\n"))
+
+
+def test_of_several_hosts_the_one_that_can_be_written_to_is_used(
+    database_url: str, start_service: StartService
+) -> None:
+    user, _, host = urlsplit(database_url).netloc.rpartition("@")
+    hosts = f"{user}@127.0.0.1:{free_port()},{host}"
+    service = start_service(f"postgresql://{hosts}{urlsplit(database_url).path}?target_session_attrs=read-write")
+    assert_works(service)
+
+
+def test_a_host_that_cannot_be_written_to_is_passed_over(
+    postgres: Postgres, database: str, start_service: StartService
+) -> None:
+    with psycopg.connect(postgres.url(), autocommit=True) as admin:
+        admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    service = start_service(f"{postgres.url(database)}?target_session_attrs=read-write", wait=False)
+    assert_waits(service, "(read-write|target|suitable)")
+
+
+# --- A server that demands passwords and listens on a socket ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://postgres@/{database}?host={sockets}&port={port}",
+        "postgresql://postgres@{sockets}:{port}/{database}",
+        "postgresql+asyncpg://postgres:@/{database}?host={sockets}&port={port}",
+    ],
+)
+def test_a_socket_folder_is_a_host(
+    url: str, postgres: Postgres, sockets: Path, database: str, start_service: StartService
+) -> None:
+    service = start_service(url.format(database=database, port=postgres.port, sockets=quote(str(sockets), safe="")))
+    assert_works(service)
+    assert client_addresses(postgres, database) == {None}
+
+
+def test_a_password_of_special_characters_is_read_as_it_was_escaped(
+    postgres: Postgres, database: str, start_service: StartService
+) -> None:
+    service = start_service(secured_url(postgres, database))
+    assert_works(service)
+    assert_nothing_leaked(service.log)
+
+
+def test_a_wrong_password_is_told_in_the_log_without_it(
+    postgres: Postgres, database: str, start_service: StartService
+) -> None:
+    url = f"postgresql://{database}:hunterswordfish@127.0.0.1:{postgres.port}/{database}"
+    service = start_service(url, wait=False)
+    assert_waits(service, "password authentication failed")
+    assert_nothing_leaked(service.log)
+
+
+@pytest.mark.parametrize("host", ["[::1]:{port}", "127.0.0.1:{dead},[::1]:{port}"])
+def test_a_host_may_be_an_ipv6_address(
+    host: str, postgres: Postgres, database: str, start_service: StartService
+) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        if probe.connect_ex(("::1", postgres.port)):
+            pytest.skip("this machine has no IPv6")
+    service = start_service(f"postgresql://postgres@{host.format(port=postgres.port, dead=free_port())}/{database}")
+    assert_works(service)
+    assert client_addresses(postgres, database) == {"::1"}
