@@ -40,10 +40,10 @@ PATIENCE = 60.0  # seconds after which an attack is given up
 
 
 class Memory:
-    """The megabytes by which a service has grown at most since it was looked at first."""
+    """The megabytes by which a process has grown at most since it was looked at first."""
 
-    def __init__(self, service: Service) -> None:
-        self.process = psutil.Process(service.process.pid)
+    def __init__(self, pid: int) -> None:
+        self.process = psutil.Process(pid)
         self.before = self.peak = self.now()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch)
@@ -167,7 +167,7 @@ def one_task(service: Service, user: str) -> bytes:
 
 def unread(service: Service, content: bytes, connections: int) -> str:
     """Send something on many connections and read nothing; then others must still be served."""
-    with contextlib.ExitStack() as stack, Memory(service) as memory:
+    with contextlib.ExitStack() as stack, Memory(service.process.pid) as memory:
         for _ in range(connections):
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -236,7 +236,7 @@ def unread_docs(service: Service, divisor: int) -> str:
 def large_lists(service: Service, divisor: int) -> str:
     fill(service, "many", 10_000 // divisor, LARGE)
     content = one_task(service, "another")
-    with elsewhere(read_lists, service.port, "many", 4) as ended, Memory(service) as memory:
+    with elsewhere(read_lists, service.port, "many", 4) as ended, Memory(service.process.pid) as memory:
         times = waits(service.port, content, ended)
     return f"{memory}, {times[-1]:.0f} ms"
 
@@ -244,7 +244,7 @@ def large_lists(service: Service, divisor: int) -> str:
 def very_long_list(service: Service, divisor: int) -> str:
     count = 90_000 // divisor
     fill(service, "many", count, LARGE)
-    with Memory(service) as memory:
+    with Memory(service.process.pid) as memory:
         read = read_list(service.port, "many")
     return f"{read.tasks:,} of {count:,}{'' if read.whole else ', and no end'}, {memory}"
 
@@ -284,7 +284,11 @@ def creations_with_keys(service: Service, divisor: int) -> str:
 
 def pipelined_requests(service: Service, divisor: int) -> str:
     one = request(LIST)
-    with Memory(service) as memory, connect(service.port) as connection, contextlib.suppress(ConnectionError):
+    with (
+        Memory(service.process.pid) as memory,
+        connect(service.port) as connection,
+        contextlib.suppress(ConnectionError),
+    ):
         connection.sendall(one * (10_000_000 // len(one)))
         while connection.recv(65_536):
             pass
@@ -293,7 +297,7 @@ def pipelined_requests(service: Service, divisor: int) -> str:
 
 def streamed_list(service: Service, divisor: int) -> str:
     fill(service, "many", 100_000 // divisor, SMALL)
-    with Memory(service) as memory:
+    with Memory(service.process.pid) as memory:
         read = read_list(service.port, "many")
     assert read.whole
     return f"{read.first_byte * 1000:.0f} ms, {memory}"

@@ -43,7 +43,7 @@ async def one_query(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await pool.close()
         await send({"type": "lifespan.shutdown.complete"})
-    elif scope["path"] == "/health":
+    elif not scope["path"][-1].isdigit():
         await answer(send, b"{}")
     else:
         task = await pool.fetchrow(sql.GET_TASK, "user-7", 0, int(scope["path"].rpartition("/")[2]))

@@ -1,26 +1,28 @@
 """The requests per second that the service answers, and others beside it.
 
     uv run --group bench tests/bench/load.py
-    uv run --group bench tests/bench/load.py --workers 2 --other 'mine=/path/to/run.sh'
+    uv run --group bench tests/bench/load.py --workers 2 --other 'mine=/path/to/run.sh' --json speed.json
 
-Each contestant in turn serves 200,000 tasks of 10,000 users from the same PostgreSQL, with 16 connections to it, while
-wrk (of Debian) asks on 16 and on 64 connections with the tokens of 1,000 of the users. This service runs by the line of
-its Procfile, with everything on. Beside it: two floors (see floors.py), which serve one task only; the classic FastAPI
-and SQLModel (see fastapi_sqlmodel.py), if the group `bench` is installed; and what --other names with the command that
-starts it, which finds DATABASE_URL, BETTER_AUTH_SECRET, PORT, WORKERS and POOL set. --schema gives one of those a
-database of its own with another table, as an earlier version of this service needs.
+Each contestant in turn serves 200,000 tasks of 10,000 users with 16 connections to PostgreSQL, while wrk (of Debian)
+asks on 16 and on 64 connections with the tokens of 1,000 of the users. This service runs by the line of its Procfile,
+with everything on. Beside it: two floors (see floors.py), which serve one task only; the classic FastAPI and SQLModel
+(see fastapi_sqlmodel.py), if the group `bench` is installed; and what --other names with the command that starts it,
+which finds DATABASE_URL, BETTER_AUTH_SECRET, PORT, WORKERS and POOL set. --schema gives a contestant another table than
+this service's: its own, as an earlier version of this service needs.
+
+Each round runs every contestant once, on a fresh copy of its database; the figures are medians of the rounds. CPU is in
+microseconds a request: that of the server, and that of PostgreSQL. Memory is that of the largest process. --json writes
+all of it to a file, for chart.py and goals.py.
 
 Mind which Python it runs with, and prints: one that pyenv has compiled without --enable-optimizations takes some 10 %
 more CPU for this service than Debian's.
-
-Each round runs every contestant once; the figures are medians of the rounds. CPU is in microseconds a request: that of
-the server, and that of PostgreSQL. Memory is that of the largest process.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -45,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sql
 from tests.support.postgres import Postgres, free_port
-from tests.support.service_process import ROOT, SECRET, environment, procfile_line, token
+from tests.support.service_process import ROOT, SECRET, Client, environment, procfile_line, token
 
 FILL = """
     INSERT INTO task (user_id, title, description, completed, created_at, updated_at)
@@ -68,7 +70,20 @@ class Figures(NamedTuple):
     p99: float
     cpu: float
     postgres_cpu: float
-    memory: float
+    memory: float  # MB
+
+
+class Start(NamedTuple):
+    """What is measured once a round."""
+
+    seconds: float  # until a list was answered
+    task_bytes: float  # what a task takes in the database, with its indexes
+
+
+class Server(NamedTuple):
+    url: str
+    process: psutil.Process
+    seconds: float  # from its start until it answered a list
 
 
 def fill_databases(postgres: Postgres, schemas: dict[str, str]) -> dict[str, int]:
@@ -83,6 +98,22 @@ def fill_databases(postgres: Postgres, schemas: dict[str, str]) -> dict[str, int
             connection.execute("VACUUM ANALYZE task")
             ids = dict(connection.execute("SELECT user_id, min(id) FROM task GROUP BY user_id").fetchall())
     return ids
+
+
+def copy_database(postgres: Postgres, name: str) -> str:
+    """Copy a database, so that nobody finds what others have written or indexed there; return the URL of the copy."""
+    with psycopg.connect(postgres.url(), autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS copy WITH (FORCE)")
+        connection.execute(f'CREATE DATABASE copy TEMPLATE "{name}"'.encode())
+        connection.execute("CHECKPOINT")  # or what has just been written is still on its way to the disk
+    return postgres.url("copy")
+
+
+def task_bytes(database_url: str) -> float:
+    """Return the bytes that a task takes, with its indexes."""
+    with psycopg.connect(database_url) as connection:
+        query = "SELECT pg_total_relation_size('task')::float8 / count(*) FROM task"
+        return float(connection.execute(query).fetchall()[0][0])
 
 
 def write_script(folder: Path, line: str, first_ids: dict[str, int]) -> Path:
@@ -112,26 +143,29 @@ def write_script(folder: Path, line: str, first_ids: dict[str, int]) -> Path:
 
 
 @contextmanager
-def serving(command: str, url: str, workers: int) -> Iterator[tuple[str, psutil.Process]]:
-    """Start a contestant; yield its URL and its process."""
+def serving(command: str, database_url: str, workers: int) -> Iterator[Server]:
+    """Start a contestant; yield it when it has answered a list."""
     port = str(free_port())
-    variables = {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET, "PORT": port, "CORS_ORIGINS": "http://localhost"}
+    variables = {
+        "DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": port, "CORS_ORIGINS": "http://localhost"
+    }  # fmt: skip
     counts = {"WORKERS": str(workers), "WEB_CONCURRENCY": str(workers), "POOL": "16", "DATABASE_POOL_SIZE": "16"}
+    started = time.monotonic()
     process = subprocess.Popen(
         ["sh", "-c", f"exec {command}"],
         cwd=ROOT, env=environment(**variables, **counts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health")
-                break
-            except httpx.TransportError:
-                if time.monotonic() > deadline or process.poll() is not None:
-                    raise
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
+        with Client(f"http://127.0.0.1:{port}", "user-0") as client:
+            while True:
+                try:
+                    client.get("/api/tasks").raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    if time.monotonic() > started + 60 or process.poll() is not None:
+                        raise
+                    time.sleep(0.005)
+        yield Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid), time.monotonic() - started)
     finally:
         process.terminate()
         process.wait(30)
@@ -146,26 +180,25 @@ def cpu_seconds(process: psutil.Process) -> float:
     return total
 
 
-def measure(
-    url: str, script: Path, server: psutil.Process, postgres: psutil.Process, seconds: int, clients: int = 64
-) -> Figures:
+def measure(server: Server, script: Path, postgres: psutil.Process, seconds: int, clients: int = 64) -> Figures:
     def wrk(seconds: int) -> str:
-        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--timeout=60", "--latency", "-s", str(script), url]
+        options = [f"-c{clients}", f"-d{seconds}", "--timeout=60", "--latency", "-s", str(script)]
+        command = ["wrk", "-t1", *options, server.url]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def settle() -> None:
         """Wait until the server is done with what wrk has asked and did not wait for, or for half a minute."""
         before, deadline = -1.0, time.monotonic() + 30
-        while (now := cpu_seconds(server)) > before + 0.02 and time.monotonic() < deadline:
+        while (now := cpu_seconds(server.process)) > before + 0.02 and time.monotonic() < deadline:
             before = now
             time.sleep(0.2)
 
     wrk(1)
     for longer in (1, 4, 16):  # where nothing was answered in that time
         settle()
-        before, postgres_before = cpu_seconds(server), cpu_seconds(postgres)
+        before, postgres_before = cpu_seconds(server.process), cpu_seconds(postgres)
         said = wrk(seconds * longer)
-        cpu, postgres_cpu = cpu_seconds(server) - before, cpu_seconds(postgres) - postgres_before
+        cpu, postgres_cpu = cpu_seconds(server.process) - before, cpu_seconds(postgres) - postgres_before
         if count := int(re.findall(r"(\d+) requests in", said)[0]):
             break
     else:
@@ -174,7 +207,7 @@ def measure(
         print(f"  {script.stem}: {failed}", file=sys.stderr)
     units = {"us": 0.001, "ms": 1.0, "s": 1000.0}
     p50, p99 = (float(number) * units[unit] for number, unit in re.findall(r"(?:50|99)%\s+([\d.]+)(us|ms|s)", said))
-    memory = max(each.memory_info().rss for each in [server, *server.children(recursive=True)]) / 1e6
+    memory = max(each.memory_info().rss for each in [server.process, *server.process.children(recursive=True)]) / 1e6
     rate = float(re.findall(r"Requests/sec:\s+([\d.]+)", said)[0])
     return Figures(rate, p50, p99, cpu / count * 1e6, postgres_cpu / count * 1e6, memory)
 
@@ -192,53 +225,48 @@ def contestants(others: list[str]) -> dict[str, str]:
     }
     if importlib.util.find_spec("sqlmodel"):
         commands["FastAPI + SQLModel"] = f"{uvicorn} tests.bench.fastapi_sqlmodel:app"
-    else:
+    commands |= dict(each.split("=", 1) for each in others)
+    if "FastAPI + SQLModel" not in commands:
         print("FastAPI + SQLModel is left out: run this with `uv run --group bench`", file=sys.stderr)
-    return commands | dict(each.split("=", 1) for each in others)
+    return commands
 
 
-def chart(found: dict[tuple[str, str], Figures]) -> str:
-    """Return the requests per second as a picture in SVG: a group of bars for each line."""
-    names = list(dict.fromkeys(name for _, name in found if not name.startswith(FLOOR)))
-    shades = ["#0b6e4f", "#7c8ba1", "#a3afc0", "#b9c2cf", "#cdd4dd", "#dde2e8", "#e9ecf0"]
-    bar, left, width = 14, 110, 760
-    parts, y = [], 8
-    for line in dict.fromkeys(line for line, name in found if not name.startswith(FLOOR)):
-        parts.append(f'<text x="{left - 8}" y="{y + bar * len(names) / 2 + 4}" text-anchor="end">{line}</text>')
-        most = max(found[line, name].requests for name in names)
-        for name, shade in zip(names, shades * 9, strict=False):
-            figures = found[line, name]
-            length = figures.requests / most * (width - left - 250)
-            parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{bar - 2}" fill="{shade}"/>')
-            label = f"{figures.requests:,.0f}  {name}"
-            parts.append(f'<text x="{left + length + 6:.0f}" y="{y + bar - 4}">{label}</text>')
-            y += bar
-        y += 10
-    style = "font: 11px sans-serif; background: white"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" style="{style}">'
-    return "\n".join([head, "<title>Requests per second</title>", *parts, "</svg>", ""])
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def report(found: dict[tuple[int, str, str], Figures], starts: dict[str, Start]) -> str:
+    rows = []
+    for (clients, line, name), each in found.items():
+        cells = [f"{each.requests:,.0f}", f"{each.p50:.1f}", f"{each.p99:.1f}", f"{each.cpu:.0f}"]
+        cells += [f"{each.postgres_cpu:.0f}", f"{each.cpu + each.postgres_cpu:.0f}", f"{each.memory:.0f}"]
+        rows.append([str(clients), line, name, *cells])
+    head = ["clients", "", "", "requests/s", "p50, ms", "p99, ms", "CPU, µs", "PostgreSQL, µs", "both, µs", "MB"]
+    once = [[name, f"{each.seconds:.2f}", f"{each.task_bytes:.0f}"] for name, each in starts.items()]
+    return f"{table(head, rows)}\n\n{table(['', 'start to first list, s', 'bytes a task, with indexes'], once)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--schema", action="append", default=[], metavar="NAME=FILE", help="the table of a contestant")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4, help="of each measurement")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--clients", type=int, nargs="+", default=[16, 64], help="connections of wrk")
-    parser.add_argument(
-        "--schema", action="append", default=[], metavar="NAME=FILE", help="the table of another server"
-    )
     parser.add_argument("--lines", nargs="+", choices=LINES, default=LINES, help="what to measure")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="write the requests per second as a picture in SVG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
         sys.exit("wrk is not installed: apt-get install wrk")
     commands = contestants(arguments.other)
-    schemas = {SERVICE: sql.SCHEMA} | {
-        name: Path(file).read_text() for name, _, file in (each.partition("=") for each in arguments.schema)
-    }
-    rounds: dict[tuple[int, str, str], list[Figures]] = defaultdict(list)
+    files = dict(each.split("=", 1) for each in arguments.schema)
+    schemas = {SERVICE: sql.SCHEMA} | {name: Path(file).read_text() for name, file in files.items()}
+    if unknown := schemas.keys() - commands.keys():
+        parser.error(f"--schema names no contestant: {', '.join(unknown)}")
+    measured: dict[tuple[int, str, str], list[Figures]] = defaultdict(list)
+    started: dict[str, list[Start]] = defaultdict(list)
     postgres = Postgres(shared_buffers="512MB")
     folder = Path(tempfile.mkdtemp(prefix="tasks-bench-"))
     try:
@@ -249,33 +277,35 @@ def main() -> None:
         for number in range(arguments.rounds):
             for name, command in commands.items():
                 print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr)
-                database = postgres.url(quote(name if name in schemas else SERVICE))
-                with serving(command, database, arguments.workers) as (url, server):
+                database_url = copy_database(postgres, name if name in schemas else SERVICE)
+                with serving(command, database_url, arguments.workers) as server:
+                    started[name].append(Start(server.seconds, task_bytes(database_url)))
                     for clients in arguments.clients:
                         for line in arguments.lines if not name.startswith(FLOOR) else ["one task"]:
-                            script = scripts[line]
-                            figures = measure(url, script, server, server_of_tasks, arguments.seconds, clients)
-                            rounds[clients, line, name].append(figures)
+                            figures = measure(server, scripts[line], server_of_tasks, arguments.seconds, clients)
+                            measured[clients, line, name].append(figures)
     finally:
         postgres.remove()
         shutil.rmtree(folder)
 
-    found = {
-        key: Figures(*(statistics.median(values) for values in zip(*rounds[key], strict=True)))
-        for key in sorted(rounds, key=lambda key: (key[0], LINES.index(key[1])))
+    keys = sorted(measured, key=lambda key: (key[0], LINES.index(key[1])))
+    found = {key: Figures(*map(statistics.median, zip(*measured[key], strict=True))) for key in keys}
+    starts = {
+        name: Start(*map(statistics.median, zip(*rounds, strict=True)))
+        for name, rounds in started.items()
+        if not name.startswith(FLOOR)
     }
     python = f"Python {platform.python_version()} ({sys.base_prefix})"
-    print(f"{os.cpu_count()} CPUs, {python}, {arguments.workers} worker(s), medians of {arguments.rounds} rounds\n")
-    print("| clients | | | requests/s | p50, ms | p99, ms | CPU, µs | PostgreSQL, µs | both, µs | MB |")
-    print("|---" * 10 + "|")
-    for (clients, line, name), each in found.items():
-        cells = [f"{each.requests:,.0f}", f"{each.p50:.1f}", f"{each.p99:.1f}", f"{each.cpu:.0f}"]
-        cells += [f"{each.postgres_cpu:.0f}", f"{each.cpu + each.postgres_cpu:.0f}", f"{each.memory:.0f}"]
-        print("|", " | ".join([str(clients), line, name, *cells]), "|")
-    if arguments.chart:
-        most = max(arguments.clients)
-        of_most = {(line, name): each for (clients, line, name), each in found.items() if clients == most}
-        arguments.chart.write_text(chart(of_most))
+    conditions = f"{os.cpu_count()} CPUs, {python}, {arguments.workers} worker(s), medians of {arguments.rounds} rounds"
+    print(f"{conditions}\n\n{report(found, starts)}")
+    if arguments.json:
+        lines = [
+            {"clients": clients, "line": line, "name": name} | each._asdict()
+            for (clients, line, name), each in found.items()
+        ]
+        once = [{"name": name} | each._asdict() for name, each in starts.items()]
+        content = {"conditions": conditions, "starts": once, "figures": lines}
+        arguments.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
