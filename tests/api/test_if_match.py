@@ -15,7 +15,6 @@ from tests.support.conditions import (
     NAMES_ANOTHER,
     NAMES_IT,
     NAMES_IT_WEAKLY,
-    WRITES,
     Task,
     cases,
     change_in_turn,
@@ -25,8 +24,9 @@ from tests.support.conditions import (
     path_of,
     wrong,
 )
+from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import Client, Service
-from tests.support.tasks import NO_TASK, NOT_FOUND, what_is_stable
+from tests.support.tasks import KINDS_OF_CHANGE, NO_TASK, what_is_stable
 
 # --- If-Match --------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ from tests.support.tasks import NO_TASK, NOT_FOUND, what_is_stable
 @pytest.mark.parametrize("said", cases(NAMES_IT | ANY))
 def test_a_write_is_made_to_the_version_that_it_names(alice: Client, said: str) -> None:
     other = alice.create()
-    for method, action, body, changes in (write.values for write in WRITES):
+    for method, action, body, changes in (write.values for write in KINDS_OF_CHANGE):
         task = alice.create()
         headers = lines("If-Match", said, etag_of(task))
         response = alice.request(method, path_of(task) + action, json=body, headers=headers)
@@ -53,14 +53,14 @@ def test_a_write_is_made_to_the_version_that_it_names(alice: Client, said: str) 
 def test_a_write_is_not_made_to_a_version_that_it_does_not_name(service: Service, alice: Client, said: str) -> None:
     task = alice.create()
     before = service.rows(alice)
-    for method, action, body, _ in (write.values for write in WRITES):
+    for method, action, body, _ in (write.values for write in KINDS_OF_CHANGE):
         headers = lines("If-Match", said, etag_of(task))
         response = alice.request(method, path_of(task) + action, json=body, headers=headers)
         assert (response.status_code, response.json()) == (412, MOVED_ON)
     assert service.rows(alice) == before
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), WRITES)
+@pytest.mark.parametrize(("method", "action", "body", "changes"), KINDS_OF_CHANGE)
 def test_a_write_is_not_made_to_a_task_that_has_moved_on(
     service: Service, alice: Client, method: str, action: str, body: object, changes: object
 ) -> None:
@@ -88,12 +88,12 @@ def test_a_toggle_by_null_is_made_to_the_version_that_it_names(service: Service,
     assert answers[1].json() == MOVED_ON
     assert alice.tasks() == [toggled]
     response = bob.patch(path, content=b"null", headers=headers | if_match(toggled))
-    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
     response = alice.patch(path, content=b"null", headers=headers | if_match(toggled))
     assert (response.status_code, response.json()["completed"]) == (200, False)
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), WRITES)
+@pytest.mark.parametrize(("method", "action", "body", "changes"), KINDS_OF_CHANGE)
 def test_if_match_tells_a_stranger_nothing(
     service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
 ) -> None:
@@ -101,7 +101,7 @@ def test_if_match_tells_a_stranger_nothing(
     bob.create()
     before = service.rows(alice, bob)
     never = bob.request(method, f"/api/tasks/{NO_TASK}{action}", json=body)
-    assert (never.status_code, never.json()) == (404, NOT_FOUND)
+    assert (never.status_code, never.json()) == (404, TASK_NOT_FOUND)
     for said in EVERYTHING.values():
         headers = lines("If-Match", said, etag_of(task))
         response = bob.request(method, path_of(task) + action, json=body, headers=headers)
@@ -111,7 +111,7 @@ def test_if_match_tells_a_stranger_nothing(
 
 
 @pytest.mark.parametrize("task_id", ["0", "-1", str(NO_TASK), str(2**63), "9" * 40, "of a deleted task"])
-@pytest.mark.parametrize(("method", "action", "body", "changes"), WRITES)
+@pytest.mark.parametrize(("method", "action", "body", "changes"), KINDS_OF_CHANGE)
 def test_a_task_that_is_not_there_is_not_found_whatever_if_match_says(
     alice: Client, method: str, action: str, body: object, changes: object, task_id: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_task_that_is_not_there_is_not_found_whatever_if_match_says(
     for said in EVERYTHING.values():
         headers = lines("If-Match", said, etag_of(task))
         response = alice.request(method, path + action, json=body, headers=headers)
-        assert (response.status_code, response.json()) == (404, NOT_FOUND)
+        assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
 
 
 # What can be wrong with a write, and the answer to it.

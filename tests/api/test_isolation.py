@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import uuid
 from collections.abc import Callable
 from datetime import UTC
@@ -16,7 +15,9 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from tests.support.query_module import STATEMENTS, copy_query_module, import_query_module
+from tests.support.copies import copy_program
+from tests.support.fixtures import StartService
+from tests.support.query_module import STATEMENTS, import_query_module
 from tests.support.service_process import ROOT, Client, Service, token
 
 Task = dict[str, Any]
@@ -399,13 +400,12 @@ def schema_for(way: str) -> dict[str, str]:
     return {}
 
 
-def copy_project(folder: Path, statements: dict[str, str], *, rule: bool, comparison: bool) -> Path:
-    """Copy what the service runs from, with some statements replaced, and with what the query module has against them:
-    the rule for their texts, and the comparison of each row's user with the caller.
+def copy_with_mutants(folder: Path, statements: dict[str, str], *, rule: bool, comparison: bool) -> Path:
+    """Copy the program with some statements replaced, and with what the query module has against them.
+
+    That is the rule for their texts, and the comparison of each row's user with the caller.
     """
-    for name in ("service.py", "Procfile"):
-        shutil.copy(ROOT / name, folder)
-    module = copy_query_module(folder, statements) / "__init__.py"
+    module = copy_program(folder, {f"sql/{name}": text for name, text in statements.items()}) / "sql" / "__init__.py"
     for kept, error in ((rule, "ValueError"), (comparison, "RuntimeError")):
         text, found = re.subn(rf"raise {error}\(.*\)", "pass", module.read_text())
         assert found == 1
@@ -431,17 +431,17 @@ def test_every_clause_that_chooses_rows_has_a_mutant(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "way"), UNBOUND)
 def test_the_query_module_refuses_each_mutant(tmp_path: Path, name: str, way: str) -> None:
-    copy = copy_query_module(tmp_path, {name: MUTANTS[name][way]})
+    copy_program(tmp_path, {f"sql/{name}": MUTANTS[name][way]})
     with pytest.raises(ValueError, match=f"sql/{name}"):
-        import_query_module(copy)
+        import_query_module(tmp_path)
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_the_service_does_not_start_with_a_mutant(
-    start_service: Callable[..., Service], database_url: str, tmp_path: Path, name: str
+    start_service: StartService, database_url: str, tmp_path: Path, name: str
 ) -> None:
     mutant = next(iter(MUTANTS[name].values()))
-    folder = copy_project(tmp_path, {name: mutant}, rule=True, comparison=True)
+    folder = copy_with_mutants(tmp_path, {name: mutant}, rule=True, comparison=True)
     service = start_service(database_url, folder=folder, wait=False)
     assert service.process.wait(20) != 0
     assert f"sql/{name}" in service.log
@@ -462,11 +462,11 @@ def errors(service: Service) -> list[str]:
 
 @pytest.mark.parametrize(("way", "lookups"), RUNS)
 def test_each_mutant_is_caught_by_the_check_of_its_statement(
-    start_service: Callable[..., Service], database_url: str, tmp_path: Path, way: str, lookups: bool
+    start_service: StartService, database_url: str, tmp_path: Path, way: str, lookups: bool
 ) -> None:
     """One copy of the service has every statement broken that can be in this way, but for those that these need."""
     broken = broken_in(way, lookups=lookups)
-    folder = copy_project(tmp_path, broken | schema_for(way), rule=False, comparison=False)
+    folder = copy_with_mutants(tmp_path, broken | schema_for(way), rule=False, comparison=False)
     service = start_service(database_url, folder=folder)
     service.wait_until_ready()
     assert [name for name in broken if passes(CHECKS[name], service)] == []
@@ -474,9 +474,9 @@ def test_each_mutant_is_caught_by_the_check_of_its_statement(
 
 
 def test_no_check_fails_for_a_copy_without_a_mutant(
-    start_service: Callable[..., Service], database_url: str, tmp_path: Path
+    start_service: StartService, database_url: str, tmp_path: Path
 ) -> None:
-    service = start_service(database_url, folder=copy_project(tmp_path, {}, rule=False, comparison=False))
+    service = start_service(database_url, folder=copy_with_mutants(tmp_path, {}, rule=False, comparison=False))
     service.wait_until_ready()
     assert [name for name, check in CHECKS.items() if not passes(check, service)] == []
 
@@ -510,10 +510,10 @@ def requests(name: str, ids: list[int]) -> list[tuple[str, str, object]]:
 
 @pytest.mark.parametrize(("way", "lookups"), FOREIGN_RUNS)
 def test_a_row_that_a_mutant_finds_of_somebody_else_is_an_error_and_no_answer(
-    start_service: Callable[..., Service], database_url: str, tmp_path: Path, way: str, lookups: bool
+    start_service: StartService, database_url: str, tmp_path: Path, way: str, lookups: bool
 ) -> None:
     broken = broken_in(way, lookups=lookups)
-    service = start_service(database_url, folder=copy_project(tmp_path, broken, rule=False, comparison=True))
+    service = start_service(database_url, folder=copy_with_mutants(tmp_path, broken, rule=False, comparison=True))
     service.wait_until_ready()
     for name in broken:
         statuses = []
@@ -535,10 +535,10 @@ def test_a_row_that_a_mutant_finds_of_somebody_else_is_an_error_and_no_answer(
 
 
 def test_a_row_that_a_mutant_finds_of_somebody_else_ends_a_list_that_has_begun(
-    start_service: Callable[..., Service], database_url: str, tmp_path: Path
+    start_service: StartService, database_url: str, tmp_path: Path
 ) -> None:
     mutant = without_comments("list_tasks.sql").replace("user_id = $1", "(user_id = $1 OR created_at < '2001-01-01')")
-    folder = copy_project(tmp_path, {"list_tasks.sql": mutant}, rule=False, comparison=True)
+    folder = copy_with_mutants(tmp_path, {"list_tasks.sql": mutant}, rule=False, comparison=True)
     service = start_service(database_url, folder=folder)
     service.wait_until_ready()
     with Scene(service) as scene:

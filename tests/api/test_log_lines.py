@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import pytest
 from tests.support.answers import ALL
 from tests.support.postgres import free_port
 from tests.support.service_process import ROOT, SECRET, Client, Service, environment, new_user_id, procfile_line, token
+from tests.support.waiting import wait_until
 
 # --- The log ---------------------------------------------------------------------------------------------------------
 
@@ -138,11 +138,8 @@ def test_lines_of_one_moment_are_written_in_pieces_that_a_pipe_takes_whole() -> 
     variables = environment(DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET, PORT=str(port))
     command = ["sh", "-c", f"exec env {procfile_line('web')}"]
 
-    def wait_for(text: bytes, count: int) -> None:
-        deadline = time.monotonic() + 30
-        while b"".join(pieces).count(text) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    def printed(text: bytes) -> int:
+        return b"".join(pieces).count(text)
 
     with (
         ThreadPoolExecutor(1) as threads,
@@ -151,18 +148,18 @@ def test_lines_of_one_moment_are_written_in_pieces_that_a_pipe_takes_whole() -> 
         os.close(writer)
         threads.submit(lambda: pieces.extend(iter(lambda: os.read(reader, 65_536), b"")))
         try:
-            wait_for(b"Uvicorn running", 1)
+            wait_until(lambda: printed(b"Uvicorn running"))
             connections = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]
             request = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 199)
             for connection in connections:
                 connection.sendall(request)
                 assert connection.recv(65_536).startswith(b"HTTP/1.1 404 ")
-            wait_for(b"method=GET", len(connections))
+            wait_until(lambda: printed(b"method=GET") == len(connections))
             process.send_signal(signal.SIGSTOP)  # until all have asked again
             for connection in connections:
                 connection.sendall(request)
             process.send_signal(signal.SIGCONT)
-            wait_for(b"method=GET", 2 * len(connections))
+            wait_until(lambda: printed(b"method=GET") == 2 * len(connections))
             for connection in connections:
                 connection.close()
         finally:

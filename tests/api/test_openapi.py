@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ import jsonschema_rs
 import pytest
 import schemathesis
 
-from tests.support.postgres import free_port
-from tests.support.service_process import ROOT, Client, Service, environment, token
+from tests.support.fixtures import StartService
+from tests.support.postgres import dead_port
+from tests.support.service_process import ROOT, Client, Service, run_command, token
 
 Document = dict[str, Any]
 
@@ -63,7 +63,7 @@ def with_a_bug(new_database: Callable[[], str]) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def without_database() -> Iterator[Client]:
     """A client of a service that nothing listens for at its DATABASE_URL."""
-    service = Service(f"postgresql://postgres@127.0.0.1:{free_port()}/tasks")
+    service = Service(f"postgresql://postgres@127.0.0.1:{dead_port()}/tasks")
     with service.client("somebody") as client:
         yield client
     service.remove()
@@ -516,14 +516,14 @@ def run_schemathesis(service: Service, folder: Path, *options: str) -> Document:
     command += ["--checks=all", "--max-response-time=20", "--phases=examples,coverage,fuzzing,stateful"]
     command += ["--suppress-health-check=too_slow"]  # of the machine, when it makes up the requests
     command += ["--report=json", "--report-json-path=report.json", *options]
-    result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    result = run_command(command, folder=folder, seconds=500)
     assert result.returncode == 0, result.stdout + result.stderr
     report: Document = json.loads((folder / "report.json").read_text())
     assert report["complete"], result.stdout
     return report
 
 
-def test_schemathesis_finds_nothing(start_service: Callable[..., Service], database_url: str, tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(start_service: StartService, database_url: str, tmp_path: Path) -> None:
     report = run_schemathesis(start_service(database_url), tmp_path, "--generation-deterministic", "--max-examples=40")
     assert report["operations"]["tested"] == len(STATUSES)
     assert {name: phase["status"] for name, phase in report["phases"].items()} == dict.fromkeys(
@@ -537,7 +537,7 @@ def test_schemathesis_finds_nothing(start_service: Callable[..., Service], datab
 
 @pytest.mark.long
 def test_schemathesis_finds_nothing_in_a_long_run(
-    start_service: Callable[..., Service], database_url: str, tmp_path: Path
+    start_service: StartService, database_url: str, tmp_path: Path
 ) -> None:
     """Each run is another one; a failure prints the seed that repeats it."""
     run_schemathesis(start_service(database_url), tmp_path, "--max-examples=500", "--continue-on-failure")

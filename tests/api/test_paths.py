@@ -6,8 +6,9 @@ import socket
 
 import pytest
 
+from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import Client, Service, token
-from tests.support.tasks import CHANGES, NO_CHANGE, NO_TASK, NOT_FOUND, what_is_stable
+from tests.support.tasks import CHANGES, NO_CHANGE, NO_TASK, what_is_stable
 
 PAGES = ["/", "/health", "/health/ready", "/docs", "/redoc", "/openapi.json"]
 
@@ -53,7 +54,7 @@ def test_a_trailing_slash_lets_no_stranger_in(
     task = alice.create()
     before = service.rows(alice)
     response = bob.request(method, f"/api/tasks/{task['id']}{action}/", json=body)
-    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
     assert service.rows(alice) == before
 
 

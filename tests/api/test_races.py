@@ -18,17 +18,17 @@ from tests.support.conditions import (
     ANOTHER_BODY,
     BODY,
     MOVED_ON,
-    WRITES,
     Task,
     assert_created,
     if_match,
     path_of,
     with_key,
 )
+from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import Client, Service, new_user_id
-from tests.support.tasks import NOT_FOUND, wait_for_waiting_statements
+from tests.support.tasks import KINDS_OF_CHANGE, wait_for_waiting_statements
 
-CHANGES = [write for write in WRITES if write.values[3] != {}]
+REAL_CHANGES = [write for write in KINDS_OF_CHANGE if write.values[3] != {}]
 
 # --- Races -----------------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ def test_creations_with_one_key_that_meet_a_deletion_are_all_made(three_processe
             ann.delete(path_of(other))
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), CHANGES)
+@pytest.mark.parametrize(("method", "action", "body", "changes"), REAL_CHANGES)
 def test_of_fifty_writes_with_one_etag_one_is_made(
     three_processes: Service, ann: Client, method: str, action: str, body: object, changes: Task | None
 ) -> None:
@@ -129,7 +129,7 @@ def test_of_fifty_writes_with_one_etag_one_is_made(
     failed = [answer for answer in answers if answer.status_code >= 400]
     if changes is None:
         assert statuses(answers) == {204: 1, 404: 49}
-        assert [answer.json() for answer in failed] == [NOT_FOUND] * 49
+        assert [answer.json() for answer in failed] == [TASK_NOT_FOUND] * 49
         assert ann.tasks() == [other]
     else:
         assert statuses(answers) == {200: 1, 412: 49}
@@ -144,7 +144,7 @@ def test_of_different_writes_with_one_etag_one_is_made(three_processes: Service,
         task = ann.create()
         writes = [
             partial(ann.request, method, path_of(task) + action, json=body, headers=if_match(task))
-            for method, action, body, _ in (change.values for change in CHANGES)
+            for method, action, body, _ in (change.values for change in REAL_CHANGES)
         ] * 8
         random.Random(0).shuffle(writes)
         answers = race(three_processes, THE_TASK, [ann.user_id, task["id"]], writes)

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from tests.support.conditions import MOVED_ON, Task, assert_created, if_match, path_of
+from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import ROOT, Client, Service, new_user_id, token
-from tests.support.tasks import NOT_FOUND
 
 # --- A client that repeats what it got no answer to ------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Persistent:
     def delete(self, task: Task, headers: dict[str, str]) -> None:
         response, repeated = self.send("DELETE", path_of(task), None, headers)
         if response.status_code == 404:
-            assert (response.json(), repeated) == (NOT_FOUND, True)
+            assert (response.json(), repeated) == (TASK_NOT_FOUND, True)
             self.outcomes["404"] += 1
         else:
             assert response.status_code == 204

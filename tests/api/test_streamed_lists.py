@@ -7,23 +7,21 @@ import random
 import re
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Self
 
 import httptools
 import psutil
-import psycopg
 import pytest
 
-from tests.support.deployment import eventually
+from tests.support.database import OTHERS, execute, locked
+from tests.support.fixtures import StartService
 from tests.support.lists import Task, fill, pages_read, stored
-from tests.support.postgres import Postgres
+from tests.support.postgres import Postgres, listens, suspended
 from tests.support.service_process import Client, Service, new_user_id, token
+from tests.support.waiting import wait_until
 
-StartService = Callable[..., Service]
 LONG_TEXT = "x" * 2000
 """A description that makes a list of a few thousand tasks larger than all the buffers between it and its reader."""
 
@@ -200,7 +198,7 @@ def test_a_reader_who_goes_while_the_database_is_asked_leaves_no_connection_behi
         for number in range(3):
             with Listing(service, client.user_id, request_id=f"gone-{number}") as listing:
                 listing.read(1_000_000)
-                with suspended(postgres):
+                with suspended(backends(postgres)):
                     listing.socket.settimeout(0.2)
                     with pytest.raises(TimeoutError):
                         listing.read()  # all that has been read before, so that the next page is asked for
@@ -210,24 +208,10 @@ def test_a_reader_who_goes_while_the_database_is_asked_leaves_no_connection_behi
     assert not re.search("Traceback|error=|rror:", service.log), service.log
 
 
-@contextmanager
-def suspended(postgres: Postgres) -> Iterator[None]:
-    """Have no statement answered that comes on one of the connections that there are."""
-    with psycopg.connect(postgres.url()) as connection:
-        backends = [
-            psutil.Process(pid)
-            for (pid,) in connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-            )
-        ]
-    for backend in backends:
-        backend.suspend()
-    try:
-        yield
-    finally:
-        for backend in backends:
-            with suppress(psutil.NoSuchProcess):
-                backend.resume()
+def backends(postgres: Postgres) -> list[psutil.Process]:
+    """Return the processes that answer on the connections that there are."""
+    pids = execute(postgres.url(), f"SELECT pid {OTHERS} AND backend_type = 'client backend'")
+    return [psutil.Process(pid) for (pid,) in pids]
 
 
 # --- A list that breaks off ------------------------------------------------------------------------------------------
@@ -256,17 +240,17 @@ def test_a_page_whose_connection_is_lost_while_it_is_read_is_asked_for_again(
     expected = stored(observed, carol.user_id)
     with Listing(observed, carol.user_id, request_id="terminated") as listing:
         listing.read(1_000_000)
-        with psycopg.connect(postgres.url(), autocommit=True) as watcher, psycopg.connect(postgres.url()) as other:
-            other.execute("LOCK TABLE task")
+        with locked(postgres.url(), "LOCK TABLE task"):
             listing.socket.settimeout(0.001)
-            deadline = time.monotonic() + 10
-            # The page gives up after 50 ms and comes again, so it has to be met while it waits.
-            while not watcher.execute(
-                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            ).fetchall():
-                assert time.monotonic() < deadline
+            terminate_it = f"SELECT pg_terminate_backend(pid, 10000) {OTHERS} AND wait_event_type = 'Lock'"
+
+            def is_terminated() -> bool:
+                """The page gives up after 50 ms and comes again, so it has to be met while it waits."""
                 with suppress(TimeoutError):
                     listing.read()  # what has been read before the lock
+                return execute(postgres.url(), terminate_it) != []
+
+            wait_until(is_terminated)
             listing.socket.settimeout(60)
         assert listing.read().items == expected
     assert "error=" not in observed.log_line("terminated")
@@ -300,19 +284,11 @@ def test_a_list_that_is_being_read_comes_whole_although_the_service_is_told_to_s
     with Listing(service, user_id) as listing:
         listing.read(1_000_000)
         service.process.send_signal(signal.SIGTERM)
-        assert eventually(lambda: not accepts(service)), "it has begun to stop"
+        wait_until(lambda: not listens(service.port))  # it has begun to stop
         assert len(pages_read(postgres, user_id)) <= PAGES_AHEAD
         assert listing.read().items == expected
     service.stop()
     assert "Traceback" not in service.log
-
-
-def accepts(service: Service) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", service.port), 5).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.long

@@ -11,8 +11,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import Client, Service
-from tests.support.tasks import CHANGES, NO_CHANGE, NO_TASK, NOT_FOUND, wait_for_waiting_statements, what_is_stable
+from tests.support.tasks import CHANGES, NO_CHANGE, NO_TASK, wait_for_waiting_statements, what_is_stable
 
 TEXTS = [
     pytest.param(text, id=name)
@@ -103,7 +104,7 @@ def test_a_task_is_got_by_its_id(alice: Client) -> None:
 def test_a_stranger_finds_a_task_as_absent_as_one_that_never_was(alice: Client, bob: Client) -> None:
     task = alice.create()
     response, never = bob.get(f"/api/tasks/{task['id']}"), bob.get(f"/api/tasks/{NO_TASK}")
-    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
     assert (never.status_code, never.content) == (404, response.content)
     assert what_is_stable(never) == what_is_stable(response)
 
@@ -192,7 +193,7 @@ def test_a_change_by_a_stranger_finds_no_task_and_changes_none(
     before = service.rows(alice, bob)
     response = bob.request(method, f"/api/tasks/{task['id']}{action}", json=body)
     never = bob.request(method, f"/api/tasks/{NO_TASK}{action}", json=body)
-    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
     assert (never.status_code, never.content) == (404, response.content)
     assert what_is_stable(never) == what_is_stable(response)
     assert service.rows(alice, bob) == before
@@ -218,7 +219,7 @@ def test_a_deleted_task_is_gone_for_every_change(
     task = alice.create()
     assert alice.delete(f"/api/tasks/{task['id']}").status_code == 204
     response = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body)
-    assert (response.status_code, response.json()) == (404, NOT_FOUND)
+    assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
     assert service.rows(alice) == []
 
 

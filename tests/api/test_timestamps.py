@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from datetime import datetime
 
 import psycopg
 import pytest
 
+from tests.support.fixtures import StartService
 from tests.support.service_process import Client, Service
 
 # --- Timestamps ------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_new_timestamps_have_the_same_form(alice: Client) -> None:
 
 
 def test_timestamps_do_not_depend_on_the_settings_of_the_database(
-    database_url: str, start_service: Callable[..., Service]
+    database_url: str, start_service: StartService
 ) -> None:
     with psycopg.connect(database_url, autocommit=True) as connection:
         for setting in ("timezone = 'Asia/Kolkata'", "datestyle = 'German'", "intervalstyle = 'iso_8601'"):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 
 import service
-from tests.support.issuer import AUTH_ORIGIN, HEALING, wait_until
-from tests.support.postgres import free_port
-from tests.support.service_process import Service
-from tests.support.settings import PYTHON, refusal, run
+from tests.support.fixtures import StartService
+from tests.support.issuer import AUTH_ORIGIN, HEALING
+from tests.support.postgres import dead_port
+from tests.support.settings import PYTHON, refusal, run_with_settings
+from tests.support.waiting import wait_until
 
 # --- The settings ----------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ def origins(*urls: str) -> list[str]:
 
     def origin(url: str) -> str:
         try:
-            return service.http_origin("X", url)
+            return service.read_origin("X", url)
         except service.SettingError as error:
             return str(error)
 
@@ -72,20 +72,20 @@ def test_spaces_around_a_url_do_no_harm_and_within_it_they_do() -> None:
 
 
 def test_no_token_can_be_made_without_a_secret() -> None:
-    stopped = run([*PYTHON, "token", "alice"], BETTER_AUTH_SECRET="", BETTER_AUTH_URL=AUTH_ORIGIN)
+    stopped = run_with_settings([*PYTHON, "token", "alice"], BETTER_AUTH_SECRET="", BETTER_AUTH_URL=AUTH_ORIGIN)
     assert (stopped.returncode != 0, stopped.stdout) == (True, "")
-    assert re.fullmatch(r"error: BETTER_AUTH_SECRET [^\n]+\n", stopped.stderr)
+    assert re.fullmatch(r"BETTER_AUTH_SECRET [^\n]+\n", stopped.stderr)
 
 
 @pytest.mark.parametrize(("name", "value"), [("HTTPS_PROXY", "garbage://proxy"), ("SSL_CERT_FILE", "/nowhere/ca.pem")])
 def test_an_environment_in_which_no_request_can_be_made_is_told_in_one_sentence(name: str, value: str) -> None:
-    stopped = run(PYTHON, **{"BETTER_AUTH_URL": AUTH_ORIGIN, name: value})
+    stopped = run_with_settings(PYTHON, **{"BETTER_AUTH_URL": AUTH_ORIGIN, name: value})
     assert stopped.returncode != 0
-    assert re.fullmatch(r"error: HTTP requests cannot be made in this environment: [^\n]+\.\n", stopped.stderr)
+    assert re.fullmatch(r"HTTP requests cannot be made in this environment: [^\n]+\.\n", stopped.stderr)
 
 
-def test_the_query_of_a_url_is_not_logged(database: str, start_service: Callable[..., Service]) -> None:
-    url = f"http://127.0.0.1:{free_port()}/jwks"
+def test_the_query_of_a_url_is_not_logged(database: str, start_service: StartService) -> None:
+    url = f"http://127.0.0.1:{dead_port()}/jwks"
     service = start_service(database, BETTER_AUTH_SECRET="", JWKS_URL=f"{url}?key=hunterswordfish")
     wait_until(lambda: f"{url}: no keys could be fetched: " in service.log, HEALING)
     assert "hunter" not in service.log

@@ -23,22 +23,22 @@ from tests.support.issuer import (
     OCT,
     STRANGER,
     UNKNOWN_KINDS,
-    Answer,
     Issuer,
+    Responder,
     by_an_unknown_key,
-    failures,
+    failed_fetches,
     is_open,
     issuers_and_services,
     key_set,
     page,
-    wait_until,
 )
 from tests.support.service_process import SECRET, Service, token
 from tests.support.tokens import (
-    ask,
+    ask_with,
     assert_refused,
     new_user,
 )
+from tests.support.waiting import wait_until
 
 NO_KEYS = {"detail": "The keys to verify tokens with are not available right now, try again soon"}
 
@@ -51,7 +51,7 @@ PROMPT = 1.5
 # --- An issuer -------------------------------------------------------------------------------------------------------
 
 
-def raw(content: bytes) -> Answer:
+def raw(content: bytes) -> Responder:
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(content)
 
@@ -63,7 +63,7 @@ def hang(request: BaseHTTPRequestHandler) -> None:
         time.sleep(0.02)
 
 
-def drip(beginning: bytes) -> Answer:
+def drip(beginning: bytes) -> Responder:
     """Send this at once, and then a space at a time for ever, which neither a header nor a JSON text minds."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
@@ -90,7 +90,7 @@ FORGED = key_set(STRANGER)
 PADDED = FORGED[:-1] + b', "padding": "' + b"x" * 50_000_000 + b'"}'
 
 
-def redirect(status: int) -> Answer:
+def redirect(status: int) -> Responder:
     """Send the client to another host, which happens to be us, for the stranger's key."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
@@ -103,7 +103,7 @@ def redirect(status: int) -> Answer:
     return answer
 
 
-MOODS: dict[str, dict[str, Answer | None]] = {
+MOODS: dict[str, dict[str, Responder | None]] = {
     "usual": {
         "down": None,
         "an error": page(FORGED, 500),
@@ -169,29 +169,29 @@ def test_an_issuer_that_cannot_be_asked_or_believed_is_an_outage_for_tokens_by_u
         raise ExceptionGroup(moods, errors)
 
 
-def check_outage(issuer: Issuer, service: Service, answer: Answer | None) -> None:
+def check_outage(issuer: Issuer, service: Service, answer: Responder | None) -> None:
     known, fresh, last, *forged = (
         key.sign(issuer.claims(new_user())) for key in (KEY, KEY, KEY, STRANGER, STRANGER, STRANGER)
     )
     with service.client() as client:
         # No keys were ever had.
         for text in (known, forged[0]):
-            assert_no_keys(ask(client, text))
+            assert_no_keys(ask_with(client, text))
         assert client.get("/health").status_code == 200
-        assert failures(service) == 1
+        assert failed_fetches(service) == 1
 
         issuer.publish(KEY)
-        wait_until(lambda: ask(client, known).status_code == 200, HEALING)
-        assert_refused(ask(client, forged[0]))
+        wait_until(lambda: ask_with(client, known).status_code == 200, HEALING)
+        assert_refused(ask_with(client, forged[0]))
 
         issuer.behave(answer)
         time.sleep(PAUSE)
-        assert_no_keys(ask(client, forged[1]))
+        assert_no_keys(ask_with(client, forged[1]))
         for text in (known, fresh):
-            assert ask(client, text).json() == {"items": []}
-        assert_no_keys(ask(client, forged[2]))
-        assert ask(client, last).json() == {"items": []}
-        assert failures(service) == 2
+            assert ask_with(client, text).json() == {"items": []}
+        assert_no_keys(ask_with(client, forged[2]))
+        assert ask_with(client, last).json() == {"items": []}
+        assert failed_fetches(service) == 2
         assert set(issuer.paths) <= {BY_DEFAULT}
         assert not any(text.rpartition(".")[2] in service.log for text in (known, fresh, last, *forged))
 
@@ -201,7 +201,7 @@ def test_each_new_reason_is_logged_once_and_no_token_ever(database: str) -> None
         sent = KEY.sign(issuer.claims(new_user()))
 
         def ask_until_the_issuer_has_been_asked(times: int) -> None:
-            wait_until(lambda: ask(client, sent).status_code == 503 and len(issuer.paths) == times, HEALING)
+            wait_until(lambda: ask_with(client, sent).status_code == 503 and len(issuer.paths) == times, HEALING)
 
         ask_until_the_issuer_has_been_asked(times=2)  # the service has asked once by itself
         issuer.behave(page(b"no JSON"))
@@ -228,7 +228,7 @@ def test_a_flood_of_unknown_keys_neither_reaches_the_issuer_nor_keeps_a_new_key_
         def flood() -> None:
             with service.client() as client:  # which is not as safe to share between threads as it should be
                 while next(sent) < 200 or not enough.is_set():
-                    assert_refused(ask(client, by_an_unknown_key(issuer)))
+                    assert_refused(ask_with(client, by_an_unknown_key(issuer)))
 
         stack.callback(enough.set)
         started = time.monotonic()
@@ -237,9 +237,9 @@ def test_a_flood_of_unknown_keys_neither_reaches_the_issuer_nor_keeps_a_new_key_
         issuer.publish(KEY, new)
         asked = time.monotonic()
         for text in (KEY.sign(issuer.claims(user)), token(user)):
-            assert ask(client, text).json() == {"items": []}
+            assert ask_with(client, text).json() == {"items": []}
         assert time.monotonic() - asked < PROMPT, "what needs no new key does not wait"
-        assert ask(client, new.sign(issuer.claims(user))).json() == {"items": []}
+        assert ask_with(client, new.sign(issuer.claims(user))).json() == {"items": []}
         assert time.monotonic() - asked < HEALING
         enough.set()
         for done in floods:
@@ -263,7 +263,7 @@ def test_a_slow_issuer_keeps_those_waiting_who_need_it_but_not_for_long_and_nobo
 def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
     def wait_for_keys() -> None:
         with service.client() as client:
-            assert_no_keys(ask(client, by_an_unknown_key(issuer)))
+            assert_no_keys(ask_with(client, by_an_unknown_key(issuer)))
 
     with service.client() as client, ThreadPoolExecutor(20) as threads:
         asked = time.monotonic()
@@ -272,7 +272,7 @@ def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
             started = time.monotonic()
             assert client.get("/health").status_code == 200
             for text in others:
-                assert ask(client, text).status_code == 200
+                assert ask_with(client, text).status_code == 200
             assert time.monotonic() - started < PROMPT
             time.sleep(0.05)
         assert time.monotonic() - asked < 7  # a pause of 2 seconds, a fetch of 3, and a busy machine

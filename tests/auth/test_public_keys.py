@@ -26,7 +26,7 @@ from tests.support.issuer import (
     Issuer,
     Key,
     key_set,
-    running,
+    running_services,
     without_none,
 )
 from tests.support.service_process import SECRET, Client, token
@@ -34,7 +34,7 @@ from tests.support.tokens import (
     BEYOND_LEEWAY,
     OLD_SECRET,
     WITHIN_LEEWAY,
-    ask,
+    ask_with,
     assert_refused,
     caller,
     claims,
@@ -77,7 +77,7 @@ def http(database: str, issuer: Issuer) -> Iterator[dict[str, Client]]:
         "audience": {"BETTER_AUTH_URL": url, "BETTER_AUTH_SECRET": SECRET, "JWT_AUDIENCE": AUDIENCE},
         "issuer": {"BETTER_AUTH_URL": url, "BETTER_AUTH_SECRET": SECRET, "JWT_ISSUER": ISSUER},
     }
-    with running(database, *settings.values()) as services, contextlib.ExitStack() as stack:
+    with running_services(database, *settings.values()) as services, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(service.client()) for service in services]
         yield dict(zip(settings, clients, strict=True))
 
@@ -87,7 +87,7 @@ def assert_all_refused(client: Client, *tokens: str) -> None:
 
     def assert_one_refused(sent: str) -> None:
         with Client(str(client.base_url)) as own:  # one is not as safe to share between threads as it should be
-            assert_refused(ask(own, sent))
+            assert_refused(ask_with(own, sent))
 
     with ThreadPoolExecutor(len(tokens)) as threads:
         list(threads.map(assert_one_refused, tokens))
@@ -102,9 +102,9 @@ def test_a_token_by_any_of_the_algorithms_proves_its_subject(
 ) -> None:
     user = new_user()
     sent = KEYS[algorithm].sign(issuer.claims(user))
-    assert ask(http["keys"], sent).json() == {"items": []}
+    assert ask_with(http["keys"], sent).json() == {"items": []}
     assert caller(http["keys"], sent) == user
-    assert {task["user_id"] for task in ask(http["keys"], sent).json()["items"]} == {user}
+    assert {task["user_id"] for task in ask_with(http["keys"], sent).json()["items"]} == {user}
 
 
 @pytest.mark.parametrize("algorithm", [*WITHOUT_ALGORITHM, "PS256"])
@@ -146,7 +146,7 @@ def test_jwks_url_moves_the_keys_and_leaves_the_audience_and_the_issuer(
     right = {"aud": AUTH_ORIGIN, "iss": AUTH_ORIGIN}
     assert caller(http["keys elsewhere"], KEY.sign(claims(user, **right))) == user
     for wrong in ({"aud": issuer.url}, {"iss": issuer.url}, {"iss": f"{AUTH_ORIGIN}/some/path/"}):
-        assert_refused(ask(http["keys elsewhere"], KEY.sign(claims(user, **right | wrong))))
+        assert_refused(ask_with(http["keys elsewhere"], KEY.sign(claims(user, **right | wrong))))
 
 
 def test_with_jwks_url_alone_any_audience_and_issuer_is_fine(http: dict[str, Client]) -> None:
@@ -163,10 +163,10 @@ def test_a_configured_audience_or_issuer_is_required_of_both_kinds_and_replaces_
     assert caller(client, KEY.sign(issuer.claims(user, **{claim: value}))) == user
     assert caller(client, sign(claims(user, **{claim: value}))) == user
     for wrong in (issuer.url, f"{value}/", None):
-        assert_refused(ask(client, KEY.sign(issuer.claims(user, **{claim: wrong}))))
-        assert_refused(ask(client, sign(without_none(claims(user, **{claim: wrong})))))
+        assert_refused(ask_with(client, KEY.sign(issuer.claims(user, **{claim: wrong}))))
+        assert_refused(ask_with(client, sign(without_none(claims(user, **{claim: wrong})))))
     other = "iss" if claim == "aud" else "aud"
-    assert_refused(ask(client, KEY.sign(issuer.claims(user, **{claim: value, other: value}))))
+    assert_refused(ask_with(client, KEY.sign(issuer.claims(user, **{claim: value, other: value}))))
     assert caller(client, sign(claims(user, **{claim: value, other: "anything"}))) == user
 
 
@@ -186,18 +186,20 @@ def test_a_public_key_is_no_secret(http: dict[str, Client], issuer: Issuer, algo
     texts += [*members, *(base64_bytes(member) for member in members), texts[0].strip(), b""]
     for secret in texts:
         for header in ({}, {"kid": key.kid}):
-            assert_refused(ask(http[name], sign(issuer.claims(new_user()), {"alg": "HS256"} | header, key=secret)))
+            assert_refused(ask_with(http[name], sign(issuer.claims(new_user()), {"alg": "HS256"} | header, key=secret)))
 
 
 @pytest.mark.parametrize("name", ["keys", "keys and secret", "only JWKS_URL"])
 def test_a_secret_that_the_issuer_publishes_is_not_taken(http: dict[str, Client], issuer: Issuer, name: str) -> None:
     for header in ({"kid": "oct"}, {}):
-        assert_refused(ask(http[name], sign(issuer.claims(new_user()), {"alg": "HS256"} | header, key=SHARED_SECRET)))
+        assert_refused(
+            ask_with(http[name], sign(issuer.claims(new_user()), {"alg": "HS256"} | header, key=SHARED_SECRET))
+        )
 
 
 def test_a_token_by_the_secret_is_refused_where_there_are_only_keys(http: dict[str, Client], issuer: Issuer) -> None:
     for header in ({}, {"kid": KEY.kid}, {"kid": "unknown"}):
-        assert_refused(ask(http["keys"], sign(issuer.claims(new_user()), {"alg": "HS256"} | header)))
+        assert_refused(ask_with(http["keys"], sign(issuer.claims(new_user()), {"alg": "HS256"} | header)))
 
 
 def test_the_id_of_a_public_key_leads_a_token_by_the_secret_nowhere(http: dict[str, Client]) -> None:
@@ -211,14 +213,14 @@ def test_neither_secret_stands_in_for_a_public_key(http: dict[str, Client], issu
     assert caller(http["keys and two secrets"], sign(claims(user), key=key)) == user
     for algorithm in KEYS:
         header = {"alg": algorithm, "kid": KEYS[algorithm].kid}
-        assert_refused(ask(http["keys and two secrets"], sign(issuer.claims(user), header, key=key)))
+        assert_refused(ask_with(http["keys and two secrets"], sign(issuer.claims(user), header, key=key)))
 
 
 @pytest.mark.parametrize("algorithm", KEYS)
 def test_a_token_by_a_key_is_refused_where_there_is_only_a_secret(
     nobody: Client, issuer: Issuer, algorithm: str
 ) -> None:
-    assert_refused(ask(nobody, KEYS[algorithm].sign(issuer.claims(new_user()))))
+    assert_refused(ask_with(nobody, KEYS[algorithm].sign(issuer.claims(new_user()))))
 
 
 @pytest.mark.parametrize("algorithm", ["none", "None", "NONE", "", None, "EdDSA ", "eddsa", ["EdDSA"], 7])
@@ -227,29 +229,29 @@ def test_a_token_of_no_known_algorithm_is_refused(http: dict[str, Client], issue
     unsigned = f"{header}.{encode(json.dumps(issuer.claims(new_user())).encode())}."
     signature = KEY.sign(issuer.claims(new_user())).rpartition(".")[2]
     for name in ("keys", "keys and secret"):
-        assert_refused(ask(http[name], unsigned))
-        assert_refused(ask(http[name], unsigned + signature))
-        assert_refused(ask(http[name], KEY.sign(issuer.claims(new_user()), alg=algorithm)))
+        assert_refused(ask_with(http[name], unsigned))
+        assert_refused(ask_with(http[name], unsigned + signature))
+        assert_refused(ask_with(http[name], KEY.sign(issuer.claims(new_user()), alg=algorithm)))
 
 
 @pytest.mark.parametrize("algorithm", KEYS)
 def test_a_key_is_good_for_its_own_algorithm_alone(http: dict[str, Client], issuer: Issuer, algorithm: str) -> None:
     payload = issuer.claims(new_user())
     for other in KEYS.keys() - {algorithm}:
-        assert_refused(ask(http["keys"], KEYS[algorithm].sign(payload, kid=KEYS[other].kid)))
-        assert_refused(ask(http["keys"], KEYS[algorithm].sign(payload, alg=other)))
-        assert_refused(ask(http["keys"], KEYS[algorithm].sign(payload, alg=other, kid=KEYS[other].kid)))
+        assert_refused(ask_with(http["keys"], KEYS[algorithm].sign(payload, kid=KEYS[other].kid)))
+        assert_refused(ask_with(http["keys"], KEYS[algorithm].sign(payload, alg=other)))
+        assert_refused(ask_with(http["keys"], KEYS[algorithm].sign(payload, alg=other, kid=KEYS[other].kid)))
 
 
 @pytest.mark.parametrize(("algorithm", "other"), [("RS256", "PS256"), ("PS256", "RS256"), ("RS256", "RS512")])
 def test_an_rsa_key_of_one_algorithm_signs_by_no_other(
     http: dict[str, Client], issuer: Issuer, algorithm: str, other: str
 ) -> None:
-    assert_refused(ask(http["keys"], KEYS[algorithm].sign(issuer.claims(new_user()), by=other)))
+    assert_refused(ask_with(http["keys"], KEYS[algorithm].sign(issuer.claims(new_user()), by=other)))
 
 
 def test_a_key_that_is_for_encryption_verifies_nothing(http: dict[str, Client], issuer: Issuer) -> None:
-    assert_refused(ask(http["keys"], ENCRYPTION.sign(issuer.claims(new_user()))))
+    assert_refused(ask_with(http["keys"], ENCRYPTION.sign(issuer.claims(new_user()))))
 
 
 def test_a_token_by_a_key_that_is_not_listed_is_refused(http: dict[str, Client], issuer: Issuer) -> None:
@@ -275,13 +277,13 @@ def test_the_keys_that_a_token_brings_along_are_not_looked_at(http: dict[str, Cl
 def test_a_critical_extension_that_nobody_knows_is_refused(http: dict[str, Client], issuer: Issuer) -> None:
     headers: list[dict[str, Any]] = [{"crit": ["x"], "x": 1}, {"b64": False}, {"b64": False, "crit": ["b64"]}]
     for header in headers:
-        assert_refused(ask(http["keys"], KEY.sign(issuer.claims(new_user()), **header)))
+        assert_refused(ask_with(http["keys"], KEY.sign(issuer.claims(new_user()), **header)))
 
 
 def test_a_signature_fits_no_other_claims(http: dict[str, Client], issuer: Issuer) -> None:
     mine, theirs = (KEY.sign(issuer.claims(new_user())).split(".") for _ in range(2))
-    assert_refused(ask(http["keys"], ".".join([*theirs[:2], mine[2]])))
-    assert_refused(ask(http["keys"], ".".join([*mine[:2], ""])))
+    assert_refused(ask_with(http["keys"], ".".join([*theirs[:2], mine[2]])))
+    assert_refused(ask_with(http["keys"], ".".join([*mine[:2], ""])))
 
 
 def base64_bytes(text: bytes) -> bytes:
@@ -295,44 +297,44 @@ def base64_bytes(text: bytes) -> bytes:
 def test_a_token_for_or_by_anybody_else_is_refused(http: dict[str, Client], issuer: Issuer, claim: str) -> None:
     wrong = [f"{issuer.url}/", f"{issuer.url}/some/path/", issuer.url[:-1], issuer.url.upper(), issuer.url[7:], "*", ""]
     for value in [*wrong, None, 7, True, [], ["https://app.example.com"], [f"{issuer.url}/"], {issuer.url: 1}]:
-        assert_refused(ask(http["keys"], KEY.sign(issuer.claims(new_user(), **{claim: value}))))
+        assert_refused(ask_with(http["keys"], KEY.sign(issuer.claims(new_user(), **{claim: value}))))
 
 
 def test_the_audience_may_be_one_of_several_and_the_issuer_may_not(http: dict[str, Client], issuer: Issuer) -> None:
     user = new_user()
     assert caller(http["keys"], KEY.sign(issuer.claims(user, aud=["x", issuer.url]))) == user
-    assert_refused(ask(http["keys"], KEY.sign(issuer.claims(user, iss=[issuer.url]))))
+    assert_refused(ask_with(http["keys"], KEY.sign(issuer.claims(user, iss=[issuer.url]))))
 
 
 @pytest.mark.parametrize("name", ["keys", "only JWKS_URL"])
 def test_an_expiry_and_a_subject_are_required(http: dict[str, Client], issuer: Issuer, name: str) -> None:
     for value in (None, "4000000000", True, [4000000000], {"exp": 1}, float("inf"), float("nan")):
-        assert_refused(ask(http[name], KEY.sign(issuer.claims(new_user(), exp=value))))
+        assert_refused(ask_with(http[name], KEY.sign(issuer.claims(new_user(), exp=value))))
     for subject in (None, "", 7, True, ["alice"], {"id": "alice"}, "x" * 256, "a\0b", "\ud83d"):
-        assert_refused(ask(http[name], KEY.sign(issuer.claims("", sub=subject))))
+        assert_refused(ask_with(http[name], KEY.sign(issuer.claims("", sub=subject))))
 
 
 def test_the_times_in_a_token_are_checked_with_a_small_leeway(http: dict[str, Client], issuer: Issuer) -> None:
     user, now, client = new_user(), int(time.time()), http["keys"]
     assert caller(client, KEY.sign(issuer.claims(user, exp=now - WITHIN_LEEWAY))) == user
     assert caller(client, KEY.sign(issuer.claims(user, nbf=now + WITHIN_LEEWAY, iat=now + WITHIN_LEEWAY))) == user
-    assert_refused(ask(client, KEY.sign(issuer.claims(user, exp=now - BEYOND_LEEWAY))), "Token has expired")
+    assert_refused(ask_with(client, KEY.sign(issuer.claims(user, exp=now - BEYOND_LEEWAY))), "Token has expired")
     for claim in ("nbf", "iat"):
-        assert_refused(ask(client, KEY.sign(issuer.claims(user, **{claim: now + BEYOND_LEEWAY}))))
+        assert_refused(ask_with(client, KEY.sign(issuer.claims(user, **{claim: now + BEYOND_LEEWAY}))))
 
 
 def test_only_a_token_that_is_right_otherwise_is_told_that_it_has_expired(
     http: dict[str, Client], issuer: Issuer
 ) -> None:
-    assert_refused(ask(http["keys"], STRANGER.sign(issuer.claims(new_user(), exp=1), kid=KEY.kid)))
-    assert_refused(ask(http["keys"], STRANGER.sign(issuer.claims(new_user(), exp=1))))
+    assert_refused(ask_with(http["keys"], STRANGER.sign(issuer.claims(new_user(), exp=1), kid=KEY.kid)))
+    assert_refused(ask_with(http["keys"], STRANGER.sign(issuer.claims(new_user(), exp=1))))
 
 
 @pytest.mark.parametrize("name", ["keys", "keys and secret", "only JWKS_URL"])
 def test_the_session_cache_of_better_auth_is_no_token(http: dict[str, Client], issuer: Issuer, name: str) -> None:
     """It has a subject, and is signed with the same keys; only its audience tells it apart."""
     for audience in (SESSION_CACHE, [SESSION_CACHE], [issuer.url, SESSION_CACHE], [SESSION_CACHE, issuer.url]):
-        assert_refused(ask(http[name], KEY.sign(issuer.claims(new_user(), aud=audience))))
+        assert_refused(ask_with(http[name], KEY.sign(issuer.claims(new_user(), aud=audience))))
 
 
 @pytest.mark.parametrize("audience", [SESSION_CACHE, [SESSION_CACHE], ["x", SESSION_CACHE]])
@@ -340,10 +342,10 @@ def test_the_session_cache_is_no_token_by_the_secret_either(
     http: dict[str, Client], nobody: Client, audience: object
 ) -> None:
     for client in (http["keys and secret"], nobody):
-        assert_refused(ask(client, sign(claims(new_user(), aud=audience))))
+        assert_refused(ask_with(client, sign(claims(new_user(), aud=audience))))
 
 
 def test_the_session_cache_by_the_secret_has_no_subject(http: dict[str, Client], nobody: Client) -> None:
     payload = without_none({"session": {"userId": new_user()}, "user": {"id": new_user()}} | claims("", sub=None))
     for client in (http["keys and secret"], nobody):
-        assert_refused(ask(client, sign(payload)))
+        assert_refused(ask_with(client, sign(payload)))

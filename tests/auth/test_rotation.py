@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
 import jwt
@@ -16,18 +15,19 @@ from tests.support.issuer import (
     STRANGER,
     Key,
     by_an_unknown_key,
-    failures,
+    failed_fetches,
     issuers_and_services,
     key_set,
     page,
 )
-from tests.support.service_process import ROOT, SECRET, Client, environment, token
+from tests.support.service_process import SECRET, Client, token
+from tests.support.settings import PYTHON, run_with_settings
 from tests.support.tokens import (
     AUDIENCE,
     ISSUER,
     OLD_SECRET,
     STRICT_SECRET,
-    ask,
+    ask_with,
     assert_refused,
     caller,
     claims,
@@ -62,23 +62,19 @@ def test_a_token_by_the_new_or_the_old_secret_is_accepted(strict_http: Client, s
 def test_a_token_by_the_old_secret_is_refused_in_the_same_words(
     strict_http: Client, secret: str, changes: dict[str, Any], detail: str
 ) -> None:
-    assert_refused(ask(strict_http, sign_strictly(new_user(), secret=secret, **changes)), detail)
+    assert_refused(ask_with(strict_http, sign_strictly(new_user(), secret=secret, **changes)), detail)
 
 
 @pytest.mark.parametrize(("algorithm", "digest"), [("HS384", "sha384"), ("HS512", "sha512"), ("EdDSA", "sha256")])
 def test_the_old_secret_is_good_for_no_other_algorithm(strict_http: Client, algorithm: str, digest: str) -> None:
     payload = claims(new_user(), aud=AUDIENCE, iss=ISSUER)
-    assert_refused(ask(strict_http, sign(payload, {"alg": algorithm}, key=OLD_SECRET.encode(), by=digest)))
+    assert_refused(ask_with(strict_http, sign(payload, {"alg": algorithm}, key=OLD_SECRET.encode(), by=digest)))
 
 
 def test_new_tokens_are_signed_with_the_new_secret() -> None:
-    settings = environment(
-        DATABASE_URL="postgresql://nowhere.example", BETTER_AUTH_SECRET=STRICT_SECRET, BETTER_AUTH_SECRET_OLD=OLD_SECRET
-    )
-    printed = subprocess.run(
-        ["python", "service.py", "token", "alice"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert jwt.decode(printed, STRICT_SECRET, algorithms=["HS256"])["sub"] == "alice"
+    secrets = {"BETTER_AUTH_SECRET": STRICT_SECRET, "BETTER_AUTH_SECRET_OLD": OLD_SECRET}
+    printed = run_with_settings([*PYTHON, "token", "alice"], **secrets)
+    assert jwt.decode(printed.stdout.strip(), STRICT_SECRET, algorithms=["HS256"])["sub"] == "alice"
 
 
 # --- Keys that come and go -------------------------------------------------------------------------------------------
@@ -98,7 +94,7 @@ def test_a_new_key_is_accepted_from_the_first_request_on_and_the_old_one_while_i
 def test_a_key_made_up_by_somebody_keeps_the_next_new_one_out_of_no_request(database: str) -> None:
     with issuers_and_services(database, page(key_set(KEY))) as [(issuer, service)], service.client() as client:
         for algorithm in ("ES256", "RS256"):
-            assert_refused(ask(client, by_an_unknown_key(issuer)))
+            assert_refused(ask_with(client, by_an_unknown_key(issuer)))
             issuer.publish(KEY, KEYS[algorithm])
             user = new_user()
             assert caller(client, KEYS[algorithm].sign(issuer.claims(user))) == user
@@ -117,9 +113,9 @@ def test_a_retired_key_ends_for_every_token_when_the_keys_are_fetched_again(data
         for text in (used, *others):
             assert caller(client, text) == user
         issuer.publish(new)
-        assert_refused(ask(client, STRANGER.sign(issuer.claims(user))))
+        assert_refused(ask_with(client, STRANGER.sign(issuer.claims(user))))
         for text in (used, fresh):
-            assert_refused(ask(client, text))
+            assert_refused(ask_with(client, text))
         for text in others:
             assert caller(client, text) == user
 
@@ -144,7 +140,7 @@ def test_keys_that_cannot_be_read_beside_a_good_one_do_no_harm(database: str) ->
     with issuers_and_services(database, answers) as [(issuer, service)], service.client() as client:
         user = new_user()
         assert caller(client, KEY.sign(issuer.claims(user))) == user
-        assert failures(service) == 0
+        assert failed_fetches(service) == 0
 
 
 def test_a_key_too_short_for_its_algorithm_verifies_nothing(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +148,8 @@ def test_a_key_too_short_for_its_algorithm_verifies_nothing(database: str, monke
     monkeypatch.setitem(GENERATE, "RS256", lambda: rsa.generate_private_key(65537, 1024))
     weak = Key("RS256")
     with issuers_and_services(database, page(key_set(weak, KEY))) as [(issuer, service)], service.client() as client:
-        assert_refused(ask(client, weak.sign(issuer.claims(new_user()))))
-        assert ask(client, KEY.sign(issuer.claims(new_user()))).status_code == 200
+        assert_refused(ask_with(client, weak.sign(issuer.claims(new_user()))))
+        assert ask_with(client, KEY.sign(issuer.claims(new_user()))).status_code == 200
 
 
 @pytest.mark.long
@@ -164,6 +160,6 @@ def test_a_key_that_comes_back_under_the_same_id_as_another_one_replaces_it(data
         used = KEY.sign(issuer.claims(user))
         assert caller(client, used) == user
         issuer.publish(theirs)
-        assert_refused(ask(client, STRANGER.sign(issuer.claims(user))))
-        assert_refused(ask(client, used))
+        assert_refused(ask_with(client, STRANGER.sign(issuer.claims(user))))
+        assert_refused(ask_with(client, used))
         assert caller(client, theirs.sign(issuer.claims(user), kid=KEY.kid)) == user

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
-from collections.abc import Callable
 
 import pytest
 
+from tests.support.fixtures import Figures, StartService
 from tests.support.service_process import SECRET, Client, Service, token
 from tests.support.tokens import (
-    ask,
+    ask_with,
     assert_refused,
     caller,
     claims,
@@ -19,6 +18,7 @@ from tests.support.tokens import (
     new_user,
     sign,
 )
+from tests.support.wire import Raw
 
 LEEWAY = 30
 """Seconds: for the tests that have to see it end."""
@@ -31,7 +31,7 @@ def test_the_same_token_again_is_the_same_user(http: Client) -> None:
     tokens = {user: sign(claims(user)) for user in users}
     for user in users * 3:
         assert caller(http, tokens[user]) == user
-    assert {task["user_id"] for task in ask(http, tokens[users[0]]).json()["items"]} == {users[0]}
+    assert {task["user_id"] for task in ask_with(http, tokens[users[0]]).json()["items"]} == {users[0]}
 
 
 def test_a_variant_of_a_token_that_was_good_is_refused(http: Client) -> None:
@@ -52,7 +52,7 @@ def test_a_variant_of_a_token_that_was_good_is_refused(http: Client) -> None:
         ),
         *(f"{none}.{payload}.{signature}", f"{header}.{payload}A.{signature}", f"{good} {good}", f"{good},{good}"),
     ):
-        assert_refused(ask(http, variant))
+        assert_refused(ask_with(http, variant))
     assert caller(http, good) == user
 
 
@@ -64,26 +64,24 @@ def test_a_token_is_not_good_for_longer_because_it_was_used(http: Client) -> Non
         assert caller(http, dying) == user
     time.sleep(4.5)
     for _ in range(2):
-        assert_refused(ask(http, dying), "Token has expired")
-    assert len(ask(http, sign(claims(user))).json()["items"]) == 3
+        assert_refused(ask_with(http, dying), "Token has expired")
+    assert len(ask_with(http, sign(claims(user))).json()["items"]) == 3
 
 
 @pytest.mark.long
 @pytest.mark.fault
-def test_a_token_that_was_used_before_it_expired_ends_with_the_leeway(
-    http: Client, figures: Callable[[str, str], None]
-) -> None:
+def test_a_token_that_was_used_before_it_expired_ends_with_the_leeway(http: Client, figures: Figures) -> None:
     user = new_user()
     short = sign(claims(user, exp=time.time() + 2))
     assert caller(http, short) == user
     time.sleep(4)
     assert caller(http, short) == user
     time.sleep(LEEWAY)
-    assert_refused(ask(http, short), "Token has expired")
+    assert_refused(ask_with(http, short), "Token has expired")
     figures("A token expires while it is in the cache", f"401 after the leeway of {LEEWAY} s")
 
 
-def test_a_crowd_of_users_takes_nobody_s_place(start_service: Callable[..., Service], database_url: str) -> None:
+def test_a_crowd_of_users_takes_nobody_s_place(start_service: StartService, database_url: str) -> None:
     """More of them than a process remembers. The first one is the first that this process has seen."""
     service = start_service(database_url)
     service.wait_until_ready()
@@ -91,28 +89,22 @@ def test_a_crowd_of_users_takes_nobody_s_place(start_service: Callable[..., Serv
     users = [new_user() for _ in range(5000)]
     tokens = [sign(claims(user)) for user in users]
     assert caller(http, tokens[0]) == users[0]
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    with Raw(service) as connection:
         for text in tokens:
-            head = f"GET /api/nothing HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {text}\r\n\r\n"
-            connection.sendall(head.encode())
-            answer = b""
-            while not answer.endswith(b"}"):
-                received = connection.recv(65_536)
-                assert received
-                answer += received
-            assert answer.startswith(b"HTTP/1.1 404 Not Found\r\n")
+            connection.send("GET /api/nothing", f"Authorization: Bearer {text}")
+            assert connection.answer().status == 404
     for index in (0, 1, -2, -1):
         assert caller(http, tokens[index]) == users[index]
-        assert {task["user_id"] for task in ask(http, tokens[index]).json()["items"]} == {users[index]}
+        assert {task["user_id"] for task in ask_with(http, tokens[index]).json()["items"]} == {users[index]}
     header, _, signature = tokens[0].split(".")
-    assert_refused(ask(http, f"{header}.{tokens[1].split('.')[1]}.{signature}"))
+    assert_refused(ask_with(http, f"{header}.{tokens[1].split('.')[1]}.{signature}"))
     http.close()
 
 
 def test_the_log_holds_no_token_and_no_secret(service: Service, http: Client) -> None:
     good, bad = token(new_user()), sign(claims(new_user()), key=b"another secret, of 32 characters or more")
     for text, status in ((good, 200), (bad, 401)):
-        response = ask(http, text)
+        response = ask_with(http, text)
         assert response.status_code == status
         service.log_line(response.headers["x-request-id"])
         assert text not in service.log

@@ -15,7 +15,7 @@ from tests.support.service_process import SECRET, Client, Service, token
 from tests.support.tokens import (
     HS256,
     OLD_SECRET,
-    ask,
+    ask_with,
     assert_refused,
     caller,
     claims,
@@ -23,6 +23,7 @@ from tests.support.tokens import (
     new_user,
     sign,
 )
+from tests.support.wire import ask
 
 # --- The header ------------------------------------------------------------------------------------------------------
 
@@ -89,14 +90,12 @@ def test_two_authorization_headers_do_not_mix_two_users(http: Client, alice: Cli
     "content", [b"\xff\xfe", "é.é.é".encode(), b"a b", b"a, b", b'"a.b.c"', b"\xc0\xae." * 2, b"%00"]
 )
 def test_bytes_that_are_no_token_are_refused(http: Client, content: bytes) -> None:
-    assert_refused(ask(http, content))
+    assert_refused(ask_with(http, content))
 
 
 def test_a_nul_in_the_header_reaches_nothing(service: Service) -> None:
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        good = token(new_user()).encode()
-        connection.sendall(b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + good + b"\0\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 40")
+    answer = ask(service, "GET /api/tasks", f"Authorization: Bearer {token(new_user())}\0")
+    assert answer.status in (400, 401)
 
 
 # --- The form of a token ---------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def test_a_nul_in_the_header_reaches_nothing(service: Service) -> None:
 def test_a_token_with_an_empty_part_is_refused(http: Client, missing: int) -> None:
     parts = token(new_user()).split(".")
     parts[missing] = ""
-    assert_refused(ask(http, ".".join(parts)))
+    assert_refused(ask_with(http, ".".join(parts)))
 
 
 def test_a_token_of_too_few_or_too_many_parts_is_refused(http: Client) -> None:
@@ -116,7 +115,7 @@ def test_a_token_of_too_few_or_too_many_parts_is_refused(http: Client) -> None:
         *(".", "..", "...", "x", header, payload, f"{header}.{payload}", f"{payload}.{signature}"),
         *(f".{good}", f"{good}.", f"{good}.{signature}", f"{header}.{header}.{payload}.{signature}", good * 2),
     ):
-        assert_refused(ask(http, text))
+        assert_refused(ask_with(http, text))
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -125,13 +124,13 @@ def test_a_token_with_one_changed_character_is_refused(http: Client, part: int) 
     middle = len(parts[part]) // 2  # not the last one, some of whose bits mean nothing
     changed = "A" if parts[part][middle] != "A" else "B"
     parts[part] = parts[part][:middle] + changed + parts[part][middle + 1 :]
-    assert_refused(ask(http, ".".join(parts)))
+    assert_refused(ask_with(http, ".".join(parts)))
 
 
 def test_the_signature_of_one_token_does_not_fit_another(http: Client) -> None:
     mine, theirs = token(new_user()).split("."), token(new_user()).split(".")
-    assert_refused(ask(http, ".".join([*mine[:2], theirs[2]])))
-    assert_refused(ask(http, ".".join([*theirs[:2], mine[2]])))
+    assert_refused(ask_with(http, ".".join([*mine[:2], theirs[2]])))
+    assert_refused(ask_with(http, ".".join([*theirs[:2], mine[2]])))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_the_signature_of_one_token_does_not_fit_another(http: Client) -> None:
     [b"", b"\0" * 32, b"another secret, of 32 characters or more", SECRET.encode()[:-1], OLD_SECRET.encode()],
 )
 def test_a_token_by_another_secret_is_refused(http: Client, key: bytes) -> None:
-    assert_refused(ask(http, sign(claims(new_user()), key=key)))
+    assert_refused(ask_with(http, sign(claims(new_user()), key=key)))
 
 
 @pytest.mark.parametrize(
@@ -160,8 +159,8 @@ def test_a_token_by_another_secret_is_refused(http: Client, key: bytes) -> None:
     ids=lambda header: repr(header[:20]),
 )
 def test_a_token_whose_header_is_no_object_with_an_algorithm_is_refused(http: Client, header: str) -> None:
-    assert_refused(ask(http, sign(claims(new_user()), header)))
-    assert_refused(ask(http, f"{encode(header.encode())}.e30."))
+    assert_refused(ask_with(http, sign(claims(new_user()), header)))
+    assert_refused(ask_with(http, f"{encode(header.encode())}.e30."))
 
 
 @pytest.mark.parametrize(
@@ -170,26 +169,26 @@ def test_a_token_whose_header_is_no_object_with_an_algorithm_is_refused(http: Cl
     ids=lambda payload: repr(payload[:20]),
 )
 def test_a_signed_payload_that_is_no_object_with_claims_is_refused(http: Client, payload: str) -> None:
-    assert_refused(ask(http, sign(payload)))
+    assert_refused(ask_with(http, sign(payload)))
 
 
 def test_a_signed_payload_that_is_deep_is_fine_or_refused_but_no_bug(http: Client) -> None:
     user = new_user()
     fine = json.dumps(claims(user))[:-1] + ', "a": ' + "[" * 200 + "]" * 200 + "}"
     assert caller(http, sign(fine)) == user
-    assert_refused(ask(http, sign(fine.replace("[" * 200, "[" * 5000).replace("]" * 200, "]" * 5000))))
+    assert_refused(ask_with(http, sign(fine.replace("[" * 200, "[" * 5000).replace("]" * 200, "]" * 5000))))
 
 
 @pytest.mark.parametrize(
     "text", ["a" * 60_000, "." * 60_000, "=" * 60_000, "eyJhbGciOiJIUzI1NiJ9." + "a" * 60_000 + ".a"]
 )
 def test_a_token_of_60_kilobytes_is_refused_like_a_short_one(http: Client, text: str) -> None:
-    assert_refused(ask(http, text))
+    assert_refused(ask_with(http, text))
 
 
 @pytest.mark.parametrize("text", ["session-token", "k3y.c2lnbmF0dXJl", "a7f3.Zm9vYmFy%2Bw%3D%3D"])
 def test_an_opaque_session_token_is_no_jwt(http: Client, text: str) -> None:
-    assert_refused(ask(http, text))
+    assert_refused(ask_with(http, text))
 
 
 # --- The algorithm ---------------------------------------------------------------------------------------------------
@@ -199,25 +198,25 @@ def test_an_opaque_session_token_is_no_jwt(http: Client, text: str) -> None:
 def test_a_token_of_no_algorithm_is_refused(http: Client, algorithm: object) -> None:
     text = f"{encode(json.dumps({'alg': algorithm}).encode())}.{encode(json.dumps(claims(new_user())).encode())}"
     for signature in ("", ".", f".{encode(b'none')}"):
-        assert_refused(ask(http, text + signature))
-    assert_refused(ask(http, sign(claims(new_user()), {"alg": algorithm})))
-    assert_refused(ask(http, sign(claims(new_user()), {"alg": algorithm}, key=b"")))
+        assert_refused(ask_with(http, text + signature))
+    assert_refused(ask_with(http, sign(claims(new_user()), {"alg": algorithm})))
+    assert_refused(ask_with(http, sign(claims(new_user()), {"alg": algorithm}, key=b"")))
 
 
 @pytest.mark.parametrize("algorithm", ["hs256", "HS256 ", "HS256\0", "SHA256", ["HS256"], {"HS256": 1}])
 def test_an_algorithm_that_is_only_like_hs256_is_refused(http: Client, algorithm: object) -> None:
-    assert_refused(ask(http, sign(claims(new_user()), {"alg": algorithm})))
+    assert_refused(ask_with(http, sign(claims(new_user()), {"alg": algorithm})))
 
 
 def test_a_header_without_an_algorithm_is_refused(http: Client) -> None:
-    assert_refused(ask(http, sign(claims(new_user()), {"typ": "JWT"})))
+    assert_refused(ask_with(http, sign(claims(new_user()), {"typ": "JWT"})))
 
 
 @pytest.mark.parametrize(("algorithm", "digest"), [("HS384", "sha384"), ("HS512", "sha512")])
 def test_a_longer_hash_by_the_right_secret_is_refused(http: Client, algorithm: str, digest: str) -> None:
-    assert_refused(ask(http, sign(claims(new_user()), {"alg": algorithm}, by=digest)))
-    assert_refused(ask(http, sign(claims(new_user()), {"alg": "HS256"}, by=digest)))
-    assert_refused(ask(http, sign(claims(new_user()), {"alg": algorithm}, by="sha256")))
+    assert_refused(ask_with(http, sign(claims(new_user()), {"alg": algorithm}, by=digest)))
+    assert_refused(ask_with(http, sign(claims(new_user()), {"alg": "HS256"}, by=digest)))
+    assert_refused(ask_with(http, sign(claims(new_user()), {"alg": algorithm}, by="sha256")))
 
 
 def test_an_asymmetric_signature_is_refused_where_there_is_only_a_secret(http: Client) -> None:
@@ -229,7 +228,7 @@ def test_an_asymmetric_signature_is_refused_where_there_is_only_a_secret(http: C
         "EdDSA": ed25519.Ed25519PrivateKey.generate(),
     }
     for algorithm, key in keys.items():
-        assert_refused(ask(http, jwt.encode(claims(new_user()), key, algorithm=algorithm)))
+        assert_refused(ask_with(http, jwt.encode(claims(new_user()), key, algorithm=algorithm)))
 
 
 # --- The rest of the header ------------------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def test_an_asymmetric_signature_is_refused_where_there_is_only_a_secret(http: C
 def test_the_key_id_leads_to_no_other_key(http: Client, kid: str) -> None:
     user = new_user()
     for key in (b"", b"Linux\n", b"\n", kid.encode()):
-        assert_refused(ask(http, sign(claims(user), HS256 | {"kid": kid}, key=key)))
+        assert_refused(ask_with(http, sign(claims(user), HS256 | {"kid": kid}, key=key)))
     assert caller(http, sign(claims(user), HS256 | {"kid": kid})) == user
 
 
@@ -252,7 +251,7 @@ def test_a_key_or_an_address_of_one_in_the_header_is_not_looked_at(http: Client)
         jwk = {"kty": "oct", "k": encode(key), "alg": "HS256"}
         header = HS256 | {"jku": url, "x5u": url, "jwk": jwk, "x5c": [url], "kid": url}
         user = new_user()
-        assert_refused(ask(http, sign(claims(user, iss=url), header, key=key)))
+        assert_refused(ask_with(http, sign(claims(user, iss=url), header, key=key)))
         assert caller(http, sign(claims(user, iss=url), header)) == user
         listener.settimeout(0.3)
         with pytest.raises(TimeoutError):
@@ -261,7 +260,7 @@ def test_a_key_or_an_address_of_one_in_the_header_is_not_looked_at(http: Client)
 
 @pytest.mark.parametrize("critical", [["exp"], ["x"], ["b64", "x"], [], "b64", None, [7], [None], {"b64": 1}])
 def test_a_critical_extension_that_nobody_knows_is_refused(http: Client, critical: object) -> None:
-    assert_refused(ask(http, sign(claims(new_user()), HS256 | {"crit": critical, "x": 1})))
+    assert_refused(ask_with(http, sign(claims(new_user()), HS256 | {"crit": critical, "x": 1})))
 
 
 @pytest.mark.parametrize("critical", [{}, {"crit": ["b64"]}])
@@ -270,11 +269,11 @@ def test_an_unencoded_payload_is_refused(http: Client, critical: dict[str, Any])
     payload = json.dumps(claims(new_user()))
     for signed, sent in ((payload, payload), (payload, ""), (encode(payload.encode()), encode(payload.encode()))):
         signature = encode(hmac.digest(SECRET.encode(), f"{header}.{signed}".encode(), "sha256"))
-        assert_refused(ask(http, f"{header}.{sent}.{signature}"))
+        assert_refused(ask_with(http, f"{header}.{sent}.{signature}"))
 
 
 def test_a_header_field_given_twice_cannot_turn_the_signature_off(http: Client) -> None:
     for header in ('{"alg": "HS256", "alg": "none"}', '{"alg": "none", "alg": "HS256"}'):
         payload = encode(json.dumps(claims(new_user())).encode())
-        assert_refused(ask(http, f"{encode(header.encode())}.{payload}."))
-        assert_refused(ask(http, sign(claims(new_user()), header, key=b"")))
+        assert_refused(ask_with(http, f"{encode(header.encode())}.{payload}."))
+        assert_refused(ask_with(http, sign(claims(new_user()), header, key=b"")))

@@ -87,7 +87,7 @@ def measure_size(postgres: Postgres, folder: Path, size: int, rounds: int, secon
                     found[line].append(figures.cpu + figures.postgres_cpu)
 
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
-        connection.execute(sql.SCHEMA.encode())
+        connection.execute(sql.database.SCHEMA.encode())
     fill(postgres, FILL, users=size // 20)
     users = [f"user-{number}" for number in range(0, size // 20, max(size // 20_000, 1))][:1000]
     with psycopg.connect(postgres.url()) as connection:

@@ -262,7 +262,7 @@ def main() -> None:
         sys.exit("wrk is not installed: apt-get install wrk")
     commands = contestants(arguments.other)
     files = dict(each.split("=", 1) for each in arguments.schema)
-    schemas = {SERVICE: sql.SCHEMA} | {name: Path(file).read_text() for name, file in files.items()}
+    schemas = {SERVICE: sql.database.SCHEMA} | {name: Path(file).read_text() for name, file in files.items()}
     if unknown := schemas.keys() - commands.keys():
         parser.error(f"--schema names no contestant: {', '.join(unknown)}")
     measured: dict[tuple[int, str, str], list[Figures]] = defaultdict(list)

@@ -16,7 +16,7 @@ import asyncpg
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sql
-from service import Connection, apply_schema, connect
+from sql.database import Connection, apply_schema, connect
 from tests.support.postgres import Postgres
 from tests.support.service_process import ROOT
 
@@ -29,7 +29,7 @@ WRITE = "UPDATE task SET completed = NOT completed WHERE user_id = 'user-1' AND 
 
 BEFORE = {
     "is that of version 1.0": [(ROOT / "tests" / "support" / "version_1_0.sql").read_text(), FILL],
-    "has everything": [sql.SCHEMA, FILL],
+    "has everything": [sql.database.SCHEMA, FILL],
     "is the FastAPI + SQLModel backend's": [
         """
         CREATE TABLE task (

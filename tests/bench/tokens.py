@@ -69,7 +69,7 @@ async def main() -> None:
         tokens = headers(algorithm)
         firsts, seconds = [], []
         for _ in range(ROUNDS):
-            identity = service.Identity(service.read_settings(os.environ))
+            identity = service.Identity(service.Settings(os.environ))
             identity.keys = service.read_key_set(key_set())
             firsts.append(await cost(identity, tokens))
             seconds.append(await cost(identity, tokens))

@@ -18,10 +18,12 @@ import asyncpg
 import psycopg
 import pytest
 
-from service import Connection
-from service import apply_schema as apply_on
-from service import connect as connect_as_service
-from sql import ADOPT, Queries, Refused
+from sql import Queries, Refused
+from sql.database import ADOPT, Connection
+from sql.database import apply_schema as apply_on
+from sql.database import connect as connect_as_service
+from tests.support.database import connect, execute, name_of
+from tests.support.fixtures import StartService
 from tests.support.service_process import Client, Service, running
 from tests.support.tables import (
     BEYOND_A_LIMIT,
@@ -35,13 +37,10 @@ from tests.support.tables import (
     apply_schema,
     checks,
     columns,
-    connect,
-    execute,
     fingerprint,
     indexes,
     insert,
     make,
-    name_of,
     old_table,
     on,
 )
@@ -119,7 +118,7 @@ def test_an_old_table_that_somebody_has_begun_to_convert_becomes_the_new_one(dat
 
 
 def test_an_adopted_table_takes_the_texts_that_the_contract_allows(
-    database_url: str, start_service: Callable[..., Service]
+    database_url: str, start_service: StartService
 ) -> None:
     execute(database_url, old_table().replace("2000", "100").replace("200", "100"))
     with start_service(database_url).client("alice") as alice:
@@ -143,7 +142,7 @@ def test_adoption_keeps_every_row_and_every_instant(database_url: str, nullable:
     assert after == before
 
 
-def test_an_adopted_task_has_its_old_times_in_the_api(database_url: str, start_service: Callable[..., Service]) -> None:
+def test_an_adopted_task_has_its_old_times_in_the_api(database_url: str, start_service: StartService) -> None:
     """02:30 of that day is no time of the clock in Auckland, whose zone the database has."""
     execute(
         database_url,
@@ -192,7 +191,7 @@ WITHOUT_LIMITS = VERSION_1_0 + "ALTER TABLE task DROP CONSTRAINT task_created_at
     ids=["old", "old, nullable", "old, adopted by 1.0", "1.0 without limits"],
 )
 def test_tasks_at_and_beyond_the_ends_of_time_are_listed_once_and_can_be_changed(
-    database_url: str, start_service: Callable[..., Service], before: str, after: str
+    database_url: str, start_service: StartService, before: str, after: str
 ) -> None:
     """More than fit one page, so that the next one begins between tasks of one moment."""
     execute(database_url, f"{before}{tasks_at('first', BEFORE_FIRST)}{tasks_at('last', BEHIND_LAST)}{after}")
@@ -375,9 +374,7 @@ def test_a_foreign_key_to_a_task_survives(adopted: Service) -> None:
         assert connection.execute("SELECT * FROM comment WHERE task_id = ANY(%s)", [ids]).fetchall() == [(kept["id"],)]
 
 
-def test_a_foreign_key_of_the_old_backend_refuses_without_a_500(
-    database_url: str, start_service: Callable[..., Service]
-) -> None:
+def test_a_foreign_key_of_the_old_backend_refuses_without_a_500(database_url: str, start_service: StartService) -> None:
     """SQLModel backends often refer to Better Auth's table of users, and comments to tasks, without any cascade."""
     execute(
         database_url,
@@ -491,7 +488,7 @@ def assert_refused(client: Client, key: str) -> None:
 
 @on("1.0", "1.0, adopted")
 def test_a_key_of_version_1_0_still_gives_the_task_that_it_made(
-    database_url: str, start_service: Callable[..., Service], tables: str
+    database_url: str, start_service: StartService, tables: str
 ) -> None:
     execute(database_url, tables)
     made = {(user, key): create_by_1_0(database_url, user, key, BODIES[key]) for user in ("a", "b") for key in BODIES}
@@ -511,7 +508,7 @@ def test_a_key_of_version_1_0_still_gives_the_task_that_it_made(
 @on("1.0", "1.0, adopted")
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
 def test_a_key_makes_one_task_whichever_version_it_is_sent_to(
-    database_url: str, start_service: Callable[..., Service], tables: str, restarted: bool
+    database_url: str, start_service: StartService, tables: str, restarted: bool
 ) -> None:
     """While processes of version 1.0 still run, or have started once more and applied their schema."""
     make(database_url, tables)
@@ -534,7 +531,7 @@ def test_a_key_makes_one_task_whichever_version_it_is_sent_to(
 
 
 def test_twenty_requests_with_one_key_make_one_task_through_two_processes(
-    database_url: str, start_service: Callable[..., Service]
+    database_url: str, start_service: StartService
 ) -> None:
     """The unique index of 1.0, of which the statement of the present service knows nothing, refuses some of them."""
     execute(database_url, VERSION_1_0)

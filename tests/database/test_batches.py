@@ -13,7 +13,8 @@ import asyncpg
 import pytest
 
 import sql
-from sql import Queries, Refused, Unavailable
+from sql import Queries, Refused
+from sql.database import Unavailable
 from tests.support.batches import (
     NEW,
     USERS,
@@ -25,9 +26,9 @@ from tests.support.batches import (
     make_tasks,
     pool_and_queries,
     sizes,
-    until,
     whole_list,
 )
+from tests.support.waiting import wait_in_loop_until
 
 FILL = """
     INSERT INTO task (user_id, title, completed)
@@ -39,6 +40,14 @@ FILL = """
 def in_full_batches(calls: int) -> int:
     """Return how many messages so many calls take that come at once."""
     return -(-calls // sql.MAX_BATCH)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Have each run draw anew, by a seed that a failed test shows."""
+    seed = random.randrange(2**32)
+    print(f"random.seed({seed})")
+    random.seed(seed)
 
 
 async def get(queries: Queries, user_id: str, task_id: int) -> Task | None:
@@ -187,7 +196,7 @@ async def held_queries(url: str) -> AsyncIterator[Queries]:
     Held.gate = asyncio.Event()
     async with pool_and_queries(url, Held) as (_, queries):
         first = asyncio.create_task(queries.get_task("user-1", 1))
-        await until(lambda: len(Spy.sent) == 1)
+        await wait_in_loop_until(lambda: len(Spy.sent) == 1)
         try:
             yield queries
         finally:
@@ -205,7 +214,7 @@ def test_what_comes_while_a_message_takes_long_waits_for_it_only_a_moment(filled
     async def check() -> None:
         async with held_queries(filled_url) as queries:
             reads = [asyncio.create_task(queries.get_task(user_id, 1)) for user_id in USERS[:9]]
-            await until(lambda: len(Spy.sent) == 2)
+            await wait_in_loop_until(lambda: len(Spy.sent) == 2)
             assert sizes(sql.GET_TASK) == [1, 9]
             Held.gate.set()
             await asyncio.gather(*reads)
@@ -222,7 +231,7 @@ def test_what_comes_while_a_message_is_in_flight_shares_the_next(filled_url: str
                 reads.append(asyncio.create_task(queries.get_task(user_id, 1)))
                 await asyncio.sleep(0)
             others = asyncio.create_task(whole_list(queries, "user-1"))
-            await until(lambda: len(Spy.sent) == 2)  # another statement does not wait for it
+            await wait_in_loop_until(lambda: len(Spy.sent) == 2)  # another statement does not wait for it
             assert sizes(sql.GET_TASK) == [1]
             Held.gate.set()
             await asyncio.gather(*reads, others)
@@ -236,7 +245,7 @@ def test_who_no_longer_waits_disturbs_nobody_who_does(filled_url: str) -> None:
     async def check() -> None:
         async with held_queries(filled_url) as queries:
             reads = [asyncio.create_task(queries.get_task(user_id, 1)) for user_id in USERS[:9]]
-            await until(lambda: len(queries.waiting[sql.GET_TASK]) == 9)
+            await wait_in_loop_until(lambda: len(queries.waiting[sql.GET_TASK]) == 9)
             for read in reads[::3]:
                 read.cancel()
             Held.gate.set()
@@ -252,7 +261,7 @@ def test_who_no_longer_waits_for_what_is_in_flight_disturbs_nobody(filled_url: s
         Held.gate = asyncio.Event()
         async with pool_and_queries(filled_url, Held) as (_, queries):
             lists = [asyncio.create_task(whole_list(queries, user_id)) for user_id in USERS[:9]]
-            await until(lambda: sizes() == [9])
+            await wait_in_loop_until(lambda: sizes() == [9])
             for each in lists[::3]:
                 each.cancel()
             Held.gate.set()

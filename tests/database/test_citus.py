@@ -27,9 +27,10 @@ import psycopg
 import psycopg.sql
 import pytest
 
-from sql import COMPLETE_TASK, CREATE_TASK, DELETE_TASK, SCHEMA, UPDATE_TASK
+from sql import COMPLETE_TASK, CREATE_TASK, DELETE_TASK, UPDATE_TASK
+from sql.database import SCHEMA
 from tests.support.citus import FILES, NOT_ON_CITUS
-from tests.support.service_process import ROOT, Service, environment
+from tests.support.service_process import Service, run_command
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -65,8 +66,7 @@ STAND_IN = """
 
 def run_pytest(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *arguments]
-    settings = environment(**variables)
-    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120, check=False)
+    return run_command(command, variables, seconds=100)
 
 
 @pytest.mark.parametrize("processes", ["0", "2"])

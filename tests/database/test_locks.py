@@ -17,7 +17,8 @@ import psycopg
 import pytest
 
 import sql
-from sql import Refused, Unavailable
+from sql import Refused
+from sql.database import Unavailable
 from tests.support.batches import (
     NEW,
     USERS,
@@ -27,31 +28,20 @@ from tests.support.batches import (
     make_tasks,
     pool_and_queries,
     sizes,
-    until,
     whole_list,
 )
+from tests.support.database import locked
+from tests.support.fixtures import StartService
 from tests.support.load import Caller
 from tests.support.postgres import PGBOUNCER, Postgres, free_port
-from tests.support.service_process import Service
+from tests.support.service_process import Service, run_command
+from tests.support.waiting import wait_in_loop_until
 
-StartService = Callable[..., Service]
-CHANGES = (sql.UPDATE_TASK, sql.COMPLETE_TASK, sql.DELETE_TASK)
-
-
-@asynccontextmanager
-async def locked(url: str, statement: str, *parameters: object) -> AsyncIterator[None]:
-    """Hold the locks that a statement takes, as somebody else does."""
-    connection = await asyncpg.connect(url)
-    try:
-        async with connection.transaction():
-            await connection.execute(statement, *parameters)
-            yield
-    finally:
-        await connection.close()
+CHANGE_STATEMENTS = (sql.UPDATE_TASK, sql.COMPLETE_TASK, sql.DELETE_TASK)
 
 
 def locked_tasks(url: str, *users: str) -> Any:
-    return locked(url, "SELECT FROM task WHERE user_id = ANY($1) FOR UPDATE", users)
+    return locked(url, "SELECT FROM task WHERE user_id = ANY(%s) FOR UPDATE", [*users])
 
 
 # --- Rows that are locked --------------------------------------------------------------------------------------------
@@ -61,14 +51,14 @@ def test_a_change_of_a_locked_row_holds_nobody_up_and_is_made_when_it_is_let_go(
     async def check() -> None:
         async with pool_and_queries(database_url) as (pool, queries):
             ids = await make_tasks(pool, USERS[:20])
-            async with locked_tasks(database_url, "user-7"):
+            with locked_tasks(database_url, "user-7"):
                 toggles = [
                     asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None))
                     for user_id in USERS[:20]
                 ]
                 await asyncio.gather(*toggles[:7], *toggles[8:])
                 # It has been tried with the others, and alone again and again.
-                await until(lambda: len(failures()) == 4)
+                await wait_in_loop_until(lambda: len(failures()) == 4)
                 assert not toggles[7].done()
             changed = await toggles[7]
             assert changed
@@ -111,7 +101,7 @@ def test_what_waits_for_a_lock_beyond_the_time_limit_is_unavailable(
                     lambda: whole_list(queries, user_id),
                     lambda: whole_list(queries, user_id, False),
                 ]
-            async with locked(database_url, lock):
+            with locked(database_url, lock):
                 async with asyncio.timeout(10):
                     answers = await asyncio.gather(*(call() for call in calls), return_exceptions=True)
                 assert {type(answer) for answer in answers} == {Unavailable}
@@ -135,7 +125,7 @@ class Counted(Spy):
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         calls = list(args)
-        tasks = [(user_id, parameters[0]) for user_id, _, *parameters in calls if query in CHANGES]
+        tasks = [(user_id, parameters[0]) for user_id, _, *parameters in calls if query in CHANGE_STATEMENTS]
         goes_alone = len(tasks) == 1
         Counted.alone += goes_alone
         self.in_flight.update(tasks)
@@ -160,16 +150,16 @@ def test_changes_of_locked_rows_take_at_most_half_of_the_pool(database_url: str)
     async def check() -> None:
         async with pool_and_queries(database_url, Counted, size=6) as (pool, queries):
             ids = await make_tasks(pool, USERS[:40])
-            async with locked_tasks(database_url, *USERS[:30]):
+            with locked_tasks(database_url, *USERS[:30]):
                 toggles = [
                     asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None))
                     for user_id in USERS[:30]
                 ]
-                await until(lambda: len(failures()) > 20)
+                await wait_in_loop_until(lambda: len(failures()) > 20)
                 for user_id in USERS[30:40]:
                     assert await queries.get_task(user_id, ids[user_id])
                     assert len(await whole_list(queries, user_id)) == 1
-                await until(lambda: len(failures()) > 60)
+                await wait_in_loop_until(lambda: len(failures()) > 60)
                 assert Counted.most_alone == 3
                 assert not any(toggle.done() for toggle in toggles)
             await asyncio.gather(*toggles)
@@ -187,7 +177,7 @@ def test_changes_of_one_task_go_one_at_a_time(database_url: str, is_locked: bool
         async with pool_and_queries(database_url, Counted) as (pool, queries):
             ids = await make_tasks(pool, ["alice", "bob"])
             put = [True, "changed", False, None, False, None]
-            async with locked_tasks(database_url, *["alice"] * is_locked):
+            with locked_tasks(database_url, *["alice"] * is_locked):
                 changes = [
                     asyncio.create_task(queries.complete_task("alice", ids["alice"], None, None)) for _ in range(19)
                 ]
@@ -195,7 +185,7 @@ def test_changes_of_one_task_go_one_at_a_time(database_url: str, is_locked: bool
                 for _ in range(5):
                     assert await queries.complete_task("bob", ids["bob"], None, None)
                 if is_locked:
-                    await until(lambda: len(failures()) > 2)
+                    await wait_in_loop_until(lambda: len(failures()) > 2)
             versions = [change["updated_at"] for change in await asyncio.gather(*changes) if change]
             assert len({*versions}) == 20
             assert Counted.most_of_one_task == 1
@@ -294,7 +284,7 @@ def test_a_foreign_key_to_a_locked_row_does_nothing_to_the_creations_of_others(d
     async def check() -> None:
         async with pool_and_queries(database_url) as (pool, queries):
             await pool.execute(FOREIGN_KEY)
-            async with locked(database_url, "SELECT FROM owner WHERE id = 'user-7' FOR UPDATE"):
+            with locked(database_url, "SELECT FROM owner WHERE id = 'user-7' FOR UPDATE"):
                 creations = [
                     asyncio.create_task(queries.create_task(user_id, None, None, NEW)) for user_id in USERS[:30]
                 ]
@@ -337,9 +327,7 @@ def test_an_id_that_is_taken_is_a_bug_and_no_creation_vanishes(database_url: str
     asyncio.run(check())
 
 
-def test_an_id_that_is_taken_is_a_500_and_in_the_log(
-    database_url: str, start_service: Callable[[str], Service]
-) -> None:
+def test_an_id_that_is_taken_is_a_500_and_in_the_log(database_url: str, start_service: StartService) -> None:
     service = start_service(database_url)
     service.wait_until_ready()
     with service.client("alice") as alice:
@@ -409,7 +397,7 @@ def test_long_lists_leave_half_of_the_pool_to_others(database_url: str) -> None:
         async with pool_and_queries(database_url, Slow) as (pool, queries):
             await pool.execute("INSERT INTO task (user_id, title) SELECT 'long', 'x' FROM generate_series(1, 2000)")
             lists = [asyncio.create_task(whole_list(queries, "long")) for _ in range(12)]
-            await until(lambda: Slow.pages == 2)
+            await wait_in_loop_until(lambda: Slow.pages == 2)
             for user_id in USERS[:20]:
                 assert await queries.get_task(user_id, 1) is None
             assert not any(each.done() for each in lists)
@@ -446,7 +434,7 @@ def pooler(request: pytest.FixtureRequest, pgbouncer: int, tmp_path: Path) -> It
 
 def tracks_statements() -> bool:
     """Return whether this PgBouncer keeps prepared statements as it comes, so that the URL need not tell of it."""
-    version = subprocess.run([str(PGBOUNCER), "--version"], capture_output=True, text=True, check=True).stdout
+    version = run_command([str(PGBOUNCER), "--version"]).stdout
     found = re.search(r"PgBouncer (\d+)\.(\d+)", version)
     return found is not None and (int(found[1]), int(found[2])) >= (1, 24)
 
@@ -516,7 +504,7 @@ def test_locked_rows_hold_up_nobody_else_behind_a_pooler(behind_pooler: Service)
     async def check() -> None:
         async with callers_with_a_task(behind_pooler, 7) as callers:
             *hindered, (other, others) = callers
-            async with locked_tasks(behind_pooler.database_url, *USERS[:6]):
+            with locked_tasks(behind_pooler.database_url, *USERS[:6]):
                 changes = [
                     asyncio.create_task(
                         caller.send("PUT", path, {"completed": True})
@@ -526,7 +514,7 @@ def test_locked_rows_hold_up_nobody_else_behind_a_pooler(behind_pooler: Service)
                     for number, (caller, path) in enumerate(hindered)
                 ]
                 waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-                await until(lambda: bool(behind_pooler.sql(waiting)))
+                await wait_in_loop_until(lambda: bool(behind_pooler.sql(waiting)))
                 for _ in range(20):
                     assert (await other.send("GET", "/api/tasks")).status == 200
                     assert (await other.send("PATCH", f"{others}/complete")).status == 200

@@ -13,7 +13,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from sql import ADOPT, SCHEMA, load
+from sql import load
+from sql.database import ADOPT, SCHEMA
+from tests.support.fixtures import StartService
 from tests.support.postgres import lay_out_in_partitions
 from tests.support.query_module import STATEMENTS
 from tests.support.service_process import Service
@@ -75,7 +77,7 @@ def test_the_schema_makes_each_partition_what_it_makes_an_ordinary_table(
         assert layout(connection) == dict.fromkeys(PARTITIONS, ordinary)
 
 
-def test_the_schema_is_applied_once(new_database: Callable[[], str], start_service: Callable[..., Service]) -> None:
+def test_the_schema_is_applied_once(new_database: Callable[[], str], start_service: StartService) -> None:
     """What the service writes has a row in the catalog that is newer than all others."""
     url = new_database()
     lay_out_in_partitions(url)

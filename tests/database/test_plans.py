@@ -9,9 +9,10 @@ import psycopg
 import psycopg.sql
 import pytest
 
-from sql import ADOPT, FIRST_PAGE, NEXT_PAGE, SCHEMA, load
+from sql import FIRST_PAGE, NEXT_PAGE, load
+from sql.database import ADOPT, SCHEMA
+from tests.support.fixtures import StartService
 from tests.support.query_module import STATEMENTS
-from tests.support.service_process import Service
 
 # As SQLModel makes it for the old backend.
 OLD_TABLE = """
@@ -204,7 +205,7 @@ def test_every_statement_has_a_plan() -> None:
 
 
 def test_the_service_has_each_statement_planned_once_for_all_users(
-    database_url: str, start_service: Callable[..., Service]
+    database_url: str, start_service: StartService
 ) -> None:
     """Even a list, for which a plan of its own looks cheaper to PostgreSQL, and is not."""
     service = start_service(database_url)

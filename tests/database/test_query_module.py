@@ -12,7 +12,8 @@ import asyncpg
 import pytest
 
 import sql
-from tests.support.query_module import NOT_STATEMENTS, STATEMENTS, copy_query_module, import_query_module
+from tests.support.copies import copy_program
+from tests.support.query_module import NOT_STATEMENTS, STATEMENTS, import_query_module
 from tests.support.service_process import ROOT
 
 
@@ -24,11 +25,11 @@ def filled(statement: str) -> str:
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """A function that puts a statement into a copy of the folder and loads it there."""
-    copy = copy_query_module(tmp_path_factory.mktemp("query_module"))
-    module = import_query_module(copy)
+    folder = copy_program(tmp_path_factory.mktemp("query_module"))
+    module = import_query_module(folder)
 
     def load(statement: str) -> str:
-        (copy / "new.sql").write_text(statement)
+        (folder / "sql" / "new.sql").write_text(statement)
         loaded: str = module.load("new.sql")
         return loaded
 
@@ -266,13 +267,13 @@ def test_a_statement_that_is_bound_to_its_caller_is_accepted(load: Callable[[str
 
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_importing_the_module_fails_for_an_unbound_statement(name: str, tmp_path: Path) -> None:
-    copy = copy_query_module(tmp_path, {name: f"SELECT {ROW}, $1::text FROM task"})
+    copy_program(tmp_path, {f"sql/{name}": f"SELECT {ROW}, $1::text FROM task"})
     with pytest.raises(ValueError, match=name):
-        import_query_module(copy)
+        import_query_module(tmp_path)
 
 
 def test_importing_an_untouched_copy_succeeds(tmp_path: Path) -> None:
-    assert vars(import_query_module(copy_query_module(tmp_path)))["GET_TASK"] == sql.GET_TASK
+    assert vars(import_query_module(copy_program(tmp_path)))["GET_TASK"] == sql.GET_TASK
 
 
 @pytest.mark.parametrize("name", [*STATEMENTS, *NOT_STATEMENTS])
@@ -300,7 +301,7 @@ def two_users(new_database: Callable[[], str]) -> str:
 
     async def fill() -> None:
         connection = await asyncpg.connect(url)
-        await connection.execute(sql.SCHEMA)
+        await connection.execute(sql.database.SCHEMA)
         await connection.execute(
             "INSERT INTO task (user_id, title, idempotency_key)"
             " VALUES ('alice', 'hers', 'hers key'), ('bob', 'a secret', 'his key')"

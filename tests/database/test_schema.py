@@ -8,22 +8,23 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import psycopg
 import pytest
 from psycopg import sql
 
-from service import BEGIN, LOCK_TIMEOUT
-from service import apply_schema as apply_on
-from tests.support.service_process import ROOT, SECRET, Client, Service, environment, procfile_line
+from sql.database import BEGIN, LOCK_TIMEOUT
+from sql.database import apply_schema as apply_on
+from tests.support.database import PASSWORD, UNAVAILABLE, connect, execute, name_of, url_as
+from tests.support.fixtures import StartService
+from tests.support.postgres import dead_port
+from tests.support.service_process import Client, Service, release
 from tests.support.tables import (
     BEYOND_A_LIMIT,
     BLANK,
@@ -35,19 +36,14 @@ from tests.support.tables import (
     apply_schema,
     checks,
     columns,
-    connect,
-    execute,
     fingerprint,
     indexes,
     insert,
     make,
-    name_of,
     old_table,
     on,
 )
-
-UNAVAILABLE = {"detail": "The database is not available right now, try again soon"}
-PASSWORD = "hunter2-of-the-tests"
+from tests.support.waiting import wait_until
 
 AT_A_LIMIT: list[dict[str, Any]] = [
     *({"user_id": text} for text in ("x", "😀" * 255)),
@@ -193,13 +189,13 @@ def test_the_limits_do_not_depend_on_the_settings_of_the_database(database_url: 
 
 
 def test_a_database_that_is_not_in_utf8_is_refused_in_a_sentence(
-    database_url: str, start_service: Callable[..., Service]
+    database_url: str, start_service: StartService
 ) -> None:
     url = f"{database_url}_latin1"
     encoding = "TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
     execute(database_url, f"CREATE DATABASE {name_of(url)} {encoding}")
     try:
-        assert_one_sentence(migrate(url), "the encoding of the database is LATIN1, and must be UTF8")
+        assert_one_sentence(release(url), "the encoding of the database is LATIN1, and must be UTF8")
         service = start_service(url)
         assert "waiting for the database: the encoding of the database is LATIN1" in service.log
         assert "Traceback" not in service.log
@@ -226,7 +222,7 @@ def test_migrate_applies_the_schema_and_changes_nothing_the_second_time(database
     execute(database_url, tables and tables + MANY_ROWS)
     found: list[list[tuple[Any, ...]]] = []
     for _ in range(3):
-        result = migrate(database_url)
+        result = release(database_url)
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
         assert checks(database_url) == CHECKS
         assert indexes(database_url) >= INDEXES
@@ -283,9 +279,7 @@ def test_eight_connections_can_apply_the_schema_at_once(database_url: str, table
 
 
 @on(*TABLES)
-def test_many_processes_can_start_at_once(
-    database_url: str, start_service: Callable[..., Service], tables: str
-) -> None:
+def test_many_processes_can_start_at_once(database_url: str, start_service: StartService, tables: str) -> None:
     execute(database_url, tables and tables + MANY_ROWS)
     services = [start_service(database_url, wait=False) for _ in range(2 if tables else 8)]
     for service in services:
@@ -307,11 +301,8 @@ def test_the_schema_waits_for_a_lock_longer_than_a_request_would(database_url: s
     with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as busy:
         busy.execute(b"SELECT FROM task" if tables else f"SELECT {LOCK}".encode())
         applied = threads.submit(apply_schema, database_url)
-        deadline = time.monotonic() + 30
-        while not execute(database_url, f"SELECT 1 FROM pg_stat_activity WHERE {waiting}"):
-            assert not applied.done(), applied.exception()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: execute(database_url, f"SELECT 1 FROM pg_stat_activity WHERE {waiting}") or applied.done())
+        assert not applied.done(), applied.exception()
         busy.rollback()
         applied.result(30)
     assert checks(database_url) == CHECKS
@@ -334,14 +325,9 @@ def grants(role: str, *, serial: bool = False) -> str:
     return f"GRANT SELECT, INSERT, UPDATE, DELETE ON task TO {role}; {sequence}"
 
 
-def url_as(role: str, url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=f"{role}:{PASSWORD}@{parts.hostname}:{parts.port}").geturl()
-
-
 @on("fresh", "old", "1.0", "1.0, adopted", "1.0, without keys")
 def test_a_role_that_owns_nothing_runs_on_a_table_that_is_there(
-    database_url: str, role: str, start_service: Callable[..., Service], tables: str
+    database_url: str, role: str, start_service: StartService, tables: str
 ) -> None:
     make(database_url, tables)
     execute(database_url, grants(role, serial="SERIAL" in tables))
@@ -366,7 +352,7 @@ def use_one_task(client: Client) -> None:
 
 @pytest.mark.long
 def test_a_role_that_owns_nothing_waits_for_the_table(
-    database_url: str, role: str, start_service: Callable[..., Service]
+    database_url: str, role: str, start_service: StartService
 ) -> None:
     service = start_service(url_as(role, database_url))
     assert_unavailable(service)
@@ -384,12 +370,6 @@ def test_a_role_that_owns_nothing_waits_for_the_table(
 # --- python service.py migrate
 
 
-def migrate(url: str) -> subprocess.CompletedProcess[str]:
-    command = ["sh", "-c", f"exec env {procfile_line('release')}"]
-    variables = environment(DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET)
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
-
-
 def assert_one_sentence(result: subprocess.CompletedProcess[str], reason: str) -> None:
     assert result.returncode != 0
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -399,26 +379,24 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], reason: str) -
 
 
 def test_migrate_says_that_nobody_listens() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"postgresql://app:{PASSWORD}@127.0.0.1:{unused.getsockname()[1]}/tasks"
-        assert_one_sentence(migrate(url), "Connect call failed")
+    url = f"postgresql://app:{PASSWORD}@127.0.0.1:{dead_port()}/tasks"
+    assert_one_sentence(release(url), "Connect call failed")
 
 
 def test_migrate_says_that_nobody_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://app:{PASSWORD}@127.0.0.1:{silent.getsockname()[1]}/tasks?connect_timeout=1"
-        result = migrate(url)
+        result = release(url)
     assert_one_sentence(result, "imeout")
     assert not result.stderr.rstrip().endswith(":")
 
 
 def test_migrate_says_that_the_database_is_not_there(database_url: str) -> None:
-    assert_one_sentence(migrate(f"{database_url}_absent"), f'database "{name_of(database_url)}_absent" does not exist')
+    assert_one_sentence(release(f"{database_url}_absent"), f'database "{name_of(database_url)}_absent" does not exist')
 
 
 def test_migrate_says_that_the_role_may_create_nothing(database_url: str, role: str) -> None:
-    assert_one_sentence(migrate(url_as(role, database_url)), "permission denied for schema public")
+    assert_one_sentence(release(url_as(role, database_url)), "permission denied for schema public")
 
 
 def test_migrate_says_what_stands_in_the_way_of_adoption_and_changes_nothing(database_url: str) -> None:
@@ -426,7 +404,7 @@ def test_migrate_says_what_stands_in_the_way_of_adoption_and_changes_nothing(dat
     execute(database_url, old_table(nullable=True) + MANY_ROWS)
     execute(database_url, "CREATE VIEW titles AS SELECT id, title FROM task; UPDATE task SET title = NULL WHERE id < 9")
     before = fingerprint(database_url)
-    assert_one_sentence(migrate(database_url), "used by a view")
+    assert_one_sentence(release(database_url), "used by a view")
     assert fingerprint(database_url) == before
 
 
@@ -442,7 +420,7 @@ def filled_url(request: pytest.FixtureRequest, new_database: Callable[[], str]) 
     return url
 
 
-def test_no_request_reads_the_whole_table(filled_url: str, start_service: Callable[..., Service]) -> None:
+def test_no_request_reads_the_whole_table(filled_url: str, start_service: StartService) -> None:
     """PostgreSQL counts the scans; a connection that ends hands in its counts."""
     clients = "pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
     counts = "SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relname = 'task'"
@@ -453,8 +431,7 @@ def test_no_request_reads_the_whole_table(filled_url: str, start_service: Callab
             assert len(client.tasks()) == 100
             use_one_task(client)
     service.stop()
-    while execute(filled_url, f"SELECT count(*) FROM {clients}") != [(1,)]:
-        time.sleep(0.05)
+    wait_until(lambda: execute(filled_url, f"SELECT count(*) FROM {clients}") == [(1,)])
     [(sequential_after, by_index_after)] = execute(filled_url, counts)
     assert sequential_after == sequential
     assert by_index_after >= by_index + 50

@@ -10,11 +10,8 @@ import psutil
 import pytest
 
 from tests.support.service_process import Service
-from tests.support.wire import (
-    Raw,
-    remote_ports,
-    wait_until,
-)
+from tests.support.waiting import wait_until
+from tests.support.wire import Raw, remote_ports
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import socket
-import subprocess
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -15,22 +11,20 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.support.postgres import free_port
+from tests.support.haproxy import HAPROXY, HAProxy
 from tests.support.service_process import Client, Service
 from tests.support.wire import (
-    CHANGES,
     CHUNKED,
     EXPECT,
-    Answer,
+    WRITE_REQUESTS,
     Raw,
+    RawAnswer,
     ask,
     bearer,
     request,
-    wait_until,
     wait_until_read,
 )
 
-HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/local/bin:/opt/homebrew/bin:" + os.environ.get("PATH", ""))
 NO_HTTP = {"detail": "The request must be valid HTTP/1.1"}
 
 # --- One request at a time -------------------------------------------------------------------------------------------
@@ -182,7 +176,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("method", "path"), CHANGES, ids=[method for method, _ in CHANGES])
+@pytest.mark.parametrize(("method", "path"), WRITE_REQUESTS, ids=[method for method, _ in WRITE_REQUESTS])
 @pytest.mark.parametrize("expect", [[], [EXPECT]], ids=["", "asked first"])
 @pytest.mark.parametrize("in_one_packet", [True, False])
 @pytest.mark.parametrize(("framing", "content"), BROKEN.values(), ids=BROKEN)
@@ -221,7 +215,7 @@ def test_garbage_behind_a_whole_request_does_not_make_it_a_bad_one(
 def test_a_trailer_is_no_header(service: Service, alice: Client, bob: Client, raw: Raw) -> None:
     """RFC 9110, section 6.5.1: a recipient must not merge the two."""
 
-    def send(*headers: str, trailer: str) -> Answer:
+    def send(*headers: str, trailer: str) -> RawAnswer:
         content = b'f\r\n{"title": "t" }\r\n0\r\n%s\r\n\r\n' % trailer.encode()
         return ask(service, "POST /api/tasks", CHUNKED, *headers, content=content)
 
@@ -266,7 +260,7 @@ defaults
     http-reuse safe
     retries 0
 listen proxy
-    bind 127.0.0.1:{port}
+    bind {address}
     server only 127.0.0.1:{service}
 """
 
@@ -275,37 +269,25 @@ listen proxy
 def test_behind_a_proxy_that_shares_connections_nobody_makes_those_of_others_deaf(
     service: Service, tmp_path: Path
 ) -> None:
-    port = free_port()
-    (tmp_path / "configuration").write_text(PROXY.format(port=port, service=service.port))
-    proxy = subprocess.Popen([str(HAPROXY), "-db", "-f", tmp_path / "configuration"], start_new_session=True)
     stop = threading.Event()
-
-    def listens() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
 
     def attack() -> int:
         answers = 0
         while not stop.is_set():
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                connection.sendall(request("GET /health", CHUNKED, content=LAST))
-                answers += connection.recv(12) == b"HTTP/1.1 200"
+            with contextlib.suppress(OSError), Raw(proxy) as connection:
+                connection.send("GET /health", CHUNKED, content=LAST)
+                answers += connection.file.readline().startswith(b"HTTP/1.1 200")
         return answers
 
     def ask_often(number: int) -> list[int]:
-        with Client(f"http://127.0.0.1:{port}", timeout=20) as client:
+        with Client(f"http://127.0.0.1:{proxy.port}", timeout=20) as client:
             return [client.get("/health").status_code for _ in range(30)]
 
-    try:
-        wait_until(listens)
-        with ThreadPoolExecutor() as threads:
-            attacker = threads.submit(attack)
-            try:
-                statuses = list(threads.map(ask_often, range(3)))
-            finally:
-                stop.set()
-            assert statuses == [[200] * 30] * 3
-            assert attacker.result() > 10
-    finally:
-        proxy.kill()
-        proxy.wait()
+    with HAProxy(PROXY, tmp_path, service=service.port) as proxy, ThreadPoolExecutor() as threads:
+        attacker = threads.submit(attack)
+        try:
+            statuses = list(threads.map(ask_often, range(3)))
+        finally:
+            stop.set()
+        assert statuses == [[200] * 30] * 3
+        assert attacker.result() > 10

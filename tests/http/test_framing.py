@@ -12,9 +12,9 @@ import pytest
 from tests.support.errors import NOT_AUTHENTICATED, TASK_NOT_FOUND
 from tests.support.service_process import Client, Service
 from tests.support.wire import (
-    CHANGES,
     CHUNKED,
     EXPECT,
+    WRITE_REQUESTS,
     Raw,
     ask,
     bearer,
@@ -84,7 +84,7 @@ def test_a_client_that_hangs_up_in_mid_body_has_changed_nothing(
     service: Service, alice: Client, bob: Client, framing: str, sent: bytes
 ) -> None:
     task, other = alice.create("mine"), bob.create("theirs")
-    for method, path in CHANGES:
+    for method, path in WRITE_REQUESTS:
         request_id = uuid.uuid4().hex
         with Raw(service) as connection:
             content = b"%x\r\n%s\r\n" % (len(sent), sent) if sent and framing == CHUNKED else sent
@@ -99,7 +99,7 @@ def test_a_client_that_asks_first_and_hangs_up_has_changed_nothing_and_is_no_bug
     service: Service, alice: Client, sent: bytes
 ) -> None:
     task = alice.create("mine")
-    for method, path in CHANGES:
+    for method, path in WRITE_REQUESTS:
         request_id = uuid.uuid4().hex
         printed = len(service.log)
         with Raw(service) as connection:

@@ -10,8 +10,8 @@ import pytest
 from tests.support.errors import NOT_AUTHENTICATED, TASK_NOT_FOUND
 from tests.support.service_process import Client, Service
 from tests.support.wire import (
-    Answer,
     Raw,
+    RawAnswer,
     ask,
     bearer,
 )
@@ -204,7 +204,7 @@ NO_IDS = [
 ONE_TASK = [("GET", ""), ("HEAD", ""), ("PUT", ""), ("DELETE", ""), ("PATCH", "/complete")]
 
 
-def ask_for_id(service: Service, client: Client, method: str, text: str, suffix: str) -> Answer:
+def ask_for_id(service: Service, client: Client, method: str, text: str, suffix: str) -> RawAnswer:
     headers = [bearer(client), "Content-Type: application/json", "Content-Length: 2"]
     return ask(service, f"{method} /api/tasks/{text}{suffix}", *headers, content=b"{}")
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import select
-import shutil
 import signal
 import socket
 import threading
@@ -19,24 +17,31 @@ import psutil
 import psycopg
 import pytest
 
+from tests.support.fixtures import StartService
 from tests.support.service_process import Client, Service, new_user_id
+from tests.support.waiting import wait_until
 from tests.support.wire import (
     EXPECT,
     Raw,
     ask,
     bearer,
-    copy_program,
     remote_ports,
     request,
-    wait_until,
     wait_until_gone,
 )
 
+SOONER: dict[str, object] = {
+    "service.KEEP_ALIVE": 1,
+    "service.UNREAD_TIMEOUT": 1.0,
+    "service.REQUEST_TIMEOUT": 1.0,
+    "service.TICK": 0.1,
+}
+
 
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[], str]) -> Iterator[Service]:
+def impatient(new_database: Callable[[], str]) -> Iterator[Service]:
     """A service that closes connections sooner."""
-    service = Service(new_database(), folder=copy_program(tmp_path_factory.mktemp("impatient")))
+    service = Service(new_database(), constants=SOONER)
     try:
         service.wait_until_ready()
         # Answers of 12 MB for each thousand tasks.
@@ -64,15 +69,14 @@ def test_a_head_without_end_is_refused(service: Service, raw: Raw, start: bytes,
         while sent < 20_000_000:
             sent += raw.socket.send(more)
     assert sent < 10_000_000  # most of which waits in the buffers of the sockets
-    with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        connection.sendall(start)
+    with Raw(service) as connection:
+        connection.socket.sendall(start)
         for _ in range(20):
             time.sleep(0.001)
-            connection.sendall(more[:5000])
-            if select.select([connection], [], [], 0)[0]:
+            connection.socket.sendall(more[:5000])
+            if select.select([connection.socket], [], [], 0)[0]:
                 break
-        connection.settimeout(5)
-        assert connection.recv(1000).startswith(b"HTTP/1.1 431 ")
+        assert connection.answer().status == 431
 
 
 def test_a_large_head_with_an_end_is_served(alice: Client, raw: Raw) -> None:
@@ -129,13 +133,13 @@ def test_a_connection_is_not_kept_by_empty_lines(impatient: Service) -> None:
 
 
 def test_connections_that_never_send_a_byte_make_room_for_others(
-    tmp_path: Path, start_service: Callable[..., Service], database_url: str
+    start_service: StartService, database_url: str
 ) -> None:
-    folder = copy_program(tmp_path, "REQUEST_TIMEOUT", "TICK")
-    service = start_service(database_url, folder=folder, launcher="prlimit --nofile=256:256")
+    sooner = {"service.REQUEST_TIMEOUT": 1.0, "service.TICK": 0.1}  # an idle connection would be closed late
+    service = start_service(database_url, constants=sooner, launcher="prlimit --nofile=256:256")
     with contextlib.ExitStack() as silent:
         for _ in range(300):
-            silent.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+            silent.enter_context(Raw(service))
         service.wait_until_ready()
 
 
@@ -247,15 +251,14 @@ def test_an_answer_that_is_read_slowly_is_read_to_its_end(impatient: Service) ->
 
 
 def test_a_docs_file_is_read_once_however_many_ask_for_it_and_read_nothing(
-    tmp_path: Path, start_service: Callable[..., Service], database_url: str
+    tmp_path: Path, start_service: StartService, database_url: str
 ) -> None:
-    folder = copy_program(tmp_path)
-    package = Path(str(importlib.util.find_spec("offapi").origin)).parent  # type: ignore[union-attr]  # it is there
-    shutil.copytree(package, folder / "offapi")
-    service = start_service(database_url, folder=folder)
+    file = tmp_path / "redoc.js"
+    file.write_bytes(b"x" * 1_000_000)
+    service = start_service(database_url, constants=SOONER | {"service.DOCS_FOLDER": str(tmp_path)})
     first = ask(service, "GET /docs/redoc.js")
-    assert (first.status, first.content) == (200, (folder / "offapi" / "redoc.js").read_bytes())
-    (folder / "offapi" / "redoc.js").write_text("another")
+    assert (first.status, first.content) == (200, file.read_bytes())
+    file.write_text("another")
     with contextlib.ExitStack() as silent:
         for _ in range(200):
             silent.enter_context(Raw(service)).socket.sendall(request("GET /docs/redoc.js") * 4)

@@ -13,10 +13,10 @@ import psycopg.sql
 import pytest
 from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
 
-import service
+from sql.database import read_url
+from tests.support.fixtures import StartService
 from tests.support.postgres import Postgres, free_port
 from tests.support.settings import (
-    StartService,
     assert_nothing_leaked,
     assert_waits,
     assert_works,
@@ -40,7 +40,7 @@ from tests.support.settings import (
     ],
 )
 def test_asyncpg_reads_what_a_url_says(url: str, address: tuple[str, int, str], ignored: list[str]) -> None:
-    arguments, left_out = service.read_database_url(url)
+    arguments, left_out = read_url(url)
     nothing_else = dict.fromkeys(inspect.signature(parse_dsn).parameters)
     [(host, port)], parameters = parse_dsn(**nothing_else | {"dsn": arguments["dsn"]})
     assert (host, port, parameters.sslmode.name) == address

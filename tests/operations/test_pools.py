@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import psycopg.sql
 import pytest
 
-import service
+from sql.database import read_url
+from tests.support.fixtures import StartService
 from tests.support.postgres import Postgres
-from tests.support.settings import StartService, assert_works
+from tests.support.settings import assert_works
+from tests.support.waiting import wait_until
 
 # --- Poolers, and the service's own pool -----------------------------------------------------------------------------
 
@@ -32,8 +33,8 @@ def test_statements_are_named_otherwise(postgres: Postgres, database: str, start
 
 
 def test_no_statement_is_named_on_the_port_of_a_pooler() -> None:
-    assert service.read_database_url("postgresql://user@host:6543/db")[0]["statement_cache_size"] == 0
-    assert "statement_cache_size" not in service.read_database_url("postgresql://user@host:5432/db")[0]
+    assert read_url("postgresql://user@host:6543/db")[0]["statement_cache_size"] == 0
+    assert "statement_cache_size" not in read_url("postgresql://user@host:5432/db")[0]
 
 
 def test_a_pooler_that_the_url_does_not_tell_of_is_noticed_and_gets_no_named_statements(
@@ -112,10 +113,3 @@ def test_the_pool_opens_no_more_connections_than_it_may(database_url: str, start
 @pytest.mark.long
 def test_a_pool_of_one_connection_serves(database_url: str, start_service: StartService) -> None:
     assert_works(start_service(database_url, DATABASE_POOL_SIZE="1"))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

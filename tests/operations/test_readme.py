@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sql import TIMEOUT
+from sql.database import TIMEOUT
 from tests.support.postgres import free_port
 from tests.support.readme import AUDIT, HEROKU, INSTALL, README, RUN, TEST, TOUR, WATCH, blocks, sh
 from tests.support.service_process import ROOT, SECRET, Client, Service, environment

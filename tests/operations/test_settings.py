@@ -7,15 +7,15 @@ import re
 
 import pytest
 
+from tests.support.fixtures import StartService
 from tests.support.service_process import ROOT, SECRET, Client, Service, token
 from tests.support.settings import (
     PYTHON,
     URL,
-    StartService,
     assert_nothing_leaked,
     assert_works,
     refusal,
-    run,
+    run_with_settings,
 )
 
 # --- What cannot be served with is refused ---------------------------------------------------------------------------
@@ -66,9 +66,8 @@ BAD_URLS = {
     "a connect_timeout of 0": (f"{URL}?connect_timeout=0", ["connect_timeout"]),
 }
 BAD_ORIGINS = {
-    "any": ("*", ["*", "credentials"]),
-    "any among others": ("https://app.example.com, *", ["*", "credentials"]),
-    "with a path": ("https://app.example.com/app", ["https://app.example.com"]),
+    "any": ("*", ["*"]),
+    "any among others": ("https://app.example.com, *", ["*"]),
     "with a wildcard": ("https://*.example.com", ["https://app.example.com"]),
     "no scheme": ("app.example.com", ["https://app.example.com"]),
     "garbage": ("hunter swordfish", ["https://app.example.com"]),
@@ -114,9 +113,9 @@ def test_a_bad_setting_is_refused_in_one_sentence(variable: str, value: str, nam
     ],
 )
 def test_a_bad_setting_stops_the_service_with_its_sentence(variable: str, value: str) -> None:
-    stopped = run(PYTHON, **{variable: value})
+    stopped = run_with_settings(PYTHON, **{variable: value})
     sentence = refusal(**{variable: value})
-    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (3, "", f"error: {sentence}\n")
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (1, "", f"{sentence}\n")
 
 
 @pytest.mark.parametrize(
@@ -137,13 +136,13 @@ def test_a_supervisor_of_ones_own_does_not_start_its_workers_again_and_again() -
 
 
 def assert_uvicorn_stops(workers: int, variable: str, value: str, names: list[str]) -> None:
-    stopped = run(UVICORN, **{"WEB_CONCURRENCY": str(workers), variable: value})
+    stopped = run_with_settings(UVICORN, **{"WEB_CONCURRENCY": str(workers), variable: value})
     sentences = [line for line in stopped.stderr.splitlines() if not re.match("(INFO|ERROR): ", line)]
     if workers == 1:
         assert stopped.returncode != 0  # uvicorn's supervisor may exit with 0
         assert len(sentences) == 1, stopped.stderr
     assert sentences
-    assert all(line.startswith("error: ") and name in line for line in sentences for name in names), stopped.stderr
+    assert all(name in line for line in sentences for name in names), stopped.stderr
     assert_nothing_leaked(stopped.stdout + stopped.stderr)
 
 

@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.support.fixtures import StartService
 from tests.support.postgres import Postgres
 from tests.support.settings import (
     SPECIAL,
-    StartService,
     assert_nothing_leaked,
     assert_waits,
     assert_works,

@@ -21,9 +21,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from sql import FIRST_PAGE, NEXT_PAGE, load
-from tests.support.postgres import free_port
+from tests.support.fixtures import StartService
+from tests.support.postgres import dead_port
 from tests.support.readme import WATCH
 from tests.support.service_process import SECRET, Service, new_user_id
+from tests.support.waiting import wait_until
 
 
 class Collector(ThreadingHTTPServer):
@@ -37,13 +39,12 @@ class Collector(ThreadingHTTPServer):
 
     def wait_for_spans(self, trace_id: str, count: int, seconds: float = 10) -> list[Span]:
         """Return the spans of a trace, once there are so many; without those of single ASGI messages."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            found = [span for span in self.spans if span.trace_id.hex() == trace_id and span.kind != INTERNAL]
-            if len(found) >= count:
-                return found
-            time.sleep(0.02)
-        raise AssertionError(f"no {count} spans of {trace_id} among {[span.name for span in self.spans]}")
+
+        def found() -> list[Span]:
+            return [span for span in self.spans if span.trace_id.hex() == trace_id and span.kind != INTERNAL]
+
+        wait_until(lambda: len(found()) >= count, seconds, found)
+        return found()
 
 
 INTERNAL = Span.SpanKind.SPAN_KIND_INTERNAL
@@ -182,10 +183,12 @@ def test_a_change_that_waits_for_a_lock_has_one_span(traced: Service, collector:
             WHERE wait_event_type = 'Lock' AND query LIKE '%%UPDATE task%%'
         """
         tries: set[tuple[Any, ...]] = set()
-        deadline = time.monotonic() + 7
-        while len(tries) < 3 and time.monotonic() < deadline:
+
+        def is_tried_again() -> bool:
             tries.update(traced.sql(waits))
-        assert len(tries) >= 3
+            return len(tries) >= 3
+
+        wait_until(is_tried_again, 7)
         assert not answer.done()
         released = time.time_ns()
         locker.commit()
@@ -199,7 +202,7 @@ def test_a_change_that_waits_for_a_lock_has_one_span(traced: Service, collector:
 
 
 def test_reads_that_share_a_message_have_a_span_each(
-    database_url: str, start_service: Callable[..., Service], collector: Collector
+    database_url: str, start_service: StartService, collector: Collector
 ) -> None:
     service = start_service(database_url, **export_to(collector.server_port))
     service.wait_until_ready()
@@ -224,7 +227,7 @@ def test_reads_that_share_a_message_have_a_span_each(
 
 
 def test_neither_tasks_nor_tokens_are_exported(
-    database_url: str, start_service: Callable[..., Service], collector: Collector
+    database_url: str, start_service: StartService, collector: Collector
 ) -> None:
     """Not even where the database refuses a task, in an error that quotes it."""
     service = start_service(database_url, **export_to(collector.server_port))
@@ -248,8 +251,8 @@ def test_neither_tasks_nor_tokens_are_exported(
         assert private.encode() not in everything
 
 
-def test_a_collector_that_is_down_disturbs_no_request(database_url: str, start_service: Callable[..., Service]) -> None:
-    service = start_service(database_url, **export_to(free_port()))
+def test_a_collector_that_is_down_disturbs_no_request(database_url: str, start_service: StartService) -> None:
+    service = start_service(database_url, **export_to(dead_port()))
     service.wait_until_ready()
     with service.client("alice", timeout=2) as client:
         for _ in range(20):
@@ -263,7 +266,7 @@ def test_a_collector_that_is_down_disturbs_no_request(database_url: str, start_s
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_opentelemetry_is_imported_only_where_it_is_asked_for(
-    database_url: str, start_service: Callable[..., Service], collector: Collector, asked: bool
+    database_url: str, start_service: StartService, collector: Collector, asked: bool
 ) -> None:
     options = export_to(collector.server_port) | ({} if asked else {"launcher": ""})
     service = start_service(database_url, PYTHONPROFILEIMPORTTIME="1", **options)

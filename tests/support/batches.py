@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,8 +10,8 @@ from typing import Any, ClassVar
 import asyncpg
 
 import sql
-from service import LOCK_TIMEOUT, Connection, apply_schema
 from sql import Queries
+from sql.database import LOCK_TIMEOUT, Connection, apply_schema
 
 Task = dict[str, Any]
 USERS = [f"user-{number}" for number in range(1000)]
@@ -101,10 +100,3 @@ async def make_tasks(pool: asyncpg.Pool, users: list[str]) -> dict[str, int]:
     """Give each of the users a task; return their ids."""
     made = "INSERT INTO task (user_id, title) SELECT unnest($1::text[]), 'a task' RETURNING user_id, id"
     return {row[0]: row[1] for row in await pool.fetch(made, users)}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something to happen, but not for ever."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)

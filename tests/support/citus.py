@@ -10,7 +10,7 @@ import psycopg
 import psycopg.sql
 import pytest
 
-from sql import SCHEMA
+from sql.database import SCHEMA
 from tests.support.service_process import ROOT
 
 API = (

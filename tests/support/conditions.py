@@ -116,17 +116,6 @@ def if_match(task: Task) -> dict[str, str]:
     return {"If-Match": etag_of(task)}
 
 
-# What can be done to a pending task without a description: method, what follows the id, body, and what becomes of it.
-WRITES: list[Any] = [
-    pytest.param("PUT", "", {"title": "new"}, {"title": "new"}, id="PUT"),
-    pytest.param("PUT", "", {}, {}, id="PUT {}"),
-    pytest.param("PATCH", "/complete", None, {"completed": True}, id="PATCH without a body"),
-    pytest.param("PATCH", "/complete", {"completed": True}, {"completed": True}, id="PATCH true"),
-    pytest.param("PATCH", "/complete", {"completed": False}, {"completed": False}, id="PATCH false"),
-    pytest.param("DELETE", "", None, None, id="DELETE"),
-]
-
-
 def change_in_turn(client: Client, task: Task, number: int) -> Task:
     """Change a task in one of four ways, on the condition that it is still what it was; return what it is now."""
     method, action, body = [
@@ -172,9 +161,3 @@ def assert_created(response: httpx.Response, task: Task | None = None) -> Task:
     assert response.headers["etag"] == etag_of(created)
     assert created.keys() >= {"id", "user_id", "title", "description", "completed", "created_at", "updated_at"}
     return created
-
-
-def head(client: Client, method: str, path: str, *headers: str) -> str:
-    """Return the head of a request that asks for the connection's end."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: here", "Connection: close"]
-    return "\r\n".join([*lines, f"Authorization: {client.headers['Authorization']}", *headers, "", ""])

@@ -6,15 +6,14 @@ import contextlib
 import os
 import re
 import signal
-import time
 import tomllib
-from collections.abc import Callable
 
 import psutil
 import psycopg
 from packaging.utils import canonicalize_name
 
 from tests.support.service_process import ROOT, Service
+from tests.support.waiting import wait_until
 
 
 def workers_of(service: Service) -> list[psutil.Process]:
@@ -28,16 +27,6 @@ def workers_of(service: Service) -> list[psutil.Process]:
     return workers or [process]
 
 
-def eventually(condition: Callable[[], object], seconds: float = 15) -> bool:
-    """Return whether the condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def wait_until_locked_rows_are_tried(database_url: str, count: int) -> None:
     """Return when that many rows, which somebody else has locked, have been waited for, though not all at once.
 
@@ -46,14 +35,15 @@ def wait_until_locked_rows_are_tried(database_url: str, count: int) -> None:
     tried: set[object] = set()
     query = "SELECT relation, page, tuple FROM pg_locks WHERE locktype = 'tuple' AND granted"
     with psycopg.connect(database_url, autocommit=True) as connection:
-        deadline = time.monotonic() + 7
-        while len(tried) < count:
-            assert time.monotonic() < deadline, f"{len(tried)} rows have been waited for"
+
+        def all_are_tried() -> bool:
             tried.update(connection.execute(query).fetchall())
-            time.sleep(0.005)
+            return len(tried) >= count
+
+        wait_until(all_are_tried, 7, lambda: f"{len(tried)} rows have been waited for")
 
 
-def terminate(service: Service, everybody: bool) -> None:
+def send_sigterm(service: Service, everybody: bool) -> None:
     """Send SIGTERM as platforms do: to the process that they started, or, as Heroku does, to all of them at once."""
     if everybody:
         os.killpg(service.process.pid, signal.SIGTERM)
@@ -64,7 +54,7 @@ def terminate(service: Service, everybody: bool) -> None:
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def locked() -> dict[str, str]:
+def locked_versions() -> dict[str, str]:
     """Return the version of each package in requirements.txt."""
     text = re.sub(r"#.*|\\\n", "", (ROOT / "requirements.txt").read_text())
     found = {}

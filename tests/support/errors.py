@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
-
 import httpx
-
-from tests.support.service_process import Service
 
 TASK_NOT_FOUND = {"detail": "Task not found"}
 NOT_AUTHENTICATED = {"detail": "Not authenticated"}
@@ -57,20 +53,3 @@ def padded(length: int) -> bytes:
 
 
 BLANK = "must not be blank"
-
-
-def exchange(
-    service: Service, method: str, path: str, headers: dict[str, str], body: bytes = b""
-) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """Send these very bytes and return the status, headers and body of the answer. It adds no Content-Length."""
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
-    try:
-        connection.putrequest(method, path)
-        for name, value in headers.items():
-            connection.putheader(name, value)
-        connection.endheaders()
-        connection.send(body)
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-    finally:
-        connection.close()

@@ -7,7 +7,6 @@ import json
 import re
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,14 +65,14 @@ def key_set(*keys: object) -> bytes:
     return json.dumps({"keys": [key.jwk if isinstance(key, Key) else key for key in keys]}).encode()
 
 
-Answer = Callable[[BaseHTTPRequestHandler], None]
+Responder = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Issuer:
     """A server on 127.0.0.1 that gives any path the same answer: a set of keys, unless told otherwise."""
 
     def __init__(self, *keys: object) -> None:
-        self.answer: Answer | None = None
+        self.answer: Responder | None = None
         self.paths: list[str] = []
         self.most_at_once = 0
         self.lock = threading.Lock()
@@ -92,7 +91,7 @@ class Issuer:
     def publish(self, *keys: object) -> None:
         self.behave(page(key_set(*keys)))
 
-    def behave(self, answer: Answer | None) -> None:
+    def behave(self, answer: Responder | None) -> None:
         """Give this answer from now on; with None, be down."""
         was_up, self.answer = self.answer is not None, answer
         if answer and not was_up:
@@ -140,7 +139,7 @@ def is_open(connection: socket.socket) -> bool:
         return False
 
 
-def page(content: bytes, status: int = 200, **headers: str) -> Answer:
+def page(content: bytes, status: int = 200, **headers: str) -> Responder:
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
         for name, value in headers.items():
@@ -149,13 +148,6 @@ def page(content: bytes, status: int = 200, **headers: str) -> Answer:
         request.wfile.write(content)
 
     return answer
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 KEYS = {algorithm: Key(algorithm) for algorithm in ("EdDSA", "ES256", "ES512", "RS256", "PS256")}
@@ -177,7 +169,7 @@ UNKNOWN_KINDS: list[object] = [
 
 
 @contextlib.contextmanager
-def running(database: str, *settings: dict[str, Any]) -> Iterator[list[Service]]:
+def running_services(database: str, *settings: dict[str, Any]) -> Iterator[list[Service]]:
     """Services, all started at once, without a secret unless given one. In the end no log of theirs tells of a bug."""
     services = [Service(database, wait=False, **{"BETTER_AUTH_SECRET": ""} | variables) for variables in settings]
     try:
@@ -196,7 +188,7 @@ def running(database: str, *settings: dict[str, Any]) -> Iterator[list[Service]]
 
 @contextlib.contextmanager
 def issuers_and_services(
-    database: str, *answers: Answer | None, **variables: str
+    database: str, *answers: Responder | None, **variables: str
 ) -> Iterator[list[tuple[Issuer, Service]]]:
     """Issuers of the test's own, which give these answers from the beginning, each with a service that knows of it."""
     with contextlib.ExitStack() as stack:
@@ -204,11 +196,11 @@ def issuers_and_services(
         for issuer, answer in zip(issuers, answers, strict=True):
             issuer.behave(answer)
         settings = [{"BETTER_AUTH_URL": issuer.url} | variables for issuer in issuers]
-        services = stack.enter_context(running(database, *settings))
+        services = stack.enter_context(running_services(database, *settings))
         yield list(zip(issuers, services, strict=True))
 
 
-def failures(service: Service) -> int:
+def failed_fetches(service: Service) -> int:
     """Return how often the log says that no keys could be fetched."""
     return len(re.findall("no keys could be fetched: .", service.log))
 

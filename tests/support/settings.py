@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import subprocess
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,24 +19,23 @@ from cryptography.x509.oid import NameOID
 
 import service
 from tests.support.postgres import Postgres
-from tests.support.service_process import ROOT, SECRET, Service, environment
+from tests.support.service_process import SECRET, Service, run_command
+from tests.support.waiting import wait_until
 
 PYTHON = ["python", "service.py"]
 URL = "postgresql://user:hunterswordfish@127.0.0.1:1/db"
 
 
-def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    settings = {"DATABASE_URL": URL, "BETTER_AUTH_SECRET": SECRET, "PORT": "1"} | variables
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=20, check=False
-    )
+def run_with_settings(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that is expected to end, in an environment in which the service could serve, but for these."""
+    return run_command(command, {"DATABASE_URL": URL, "BETTER_AUTH_SECRET": SECRET, "PORT": "1"} | variables)
 
 
 def refusal(**variables: str) -> str:
     """Return the sentence with which settings are refused."""
     settings = {"DATABASE_URL": URL, "BETTER_AUTH_SECRET": SECRET} | variables
     with pytest.raises(service.SettingError) as refused:
-        service.read_settings(service.given_in(settings))
+        service.Settings(settings)
     return str(refused.value)
 
 
@@ -62,8 +59,6 @@ def write_certificate(certificate: Path, key: Path) -> None:
     )
 
 
-StartService = Callable[..., Service]
-
 # The two halves of the password in every URL below: neither may ever be printed.
 HALVES = ("hunter", "swordfish")
 
@@ -84,10 +79,8 @@ def assert_works(service: Service) -> None:
 
 def assert_waits(service: Service, reason: str) -> None:
     """Assert that a service that has just been started logs why it waits for the database."""
-    deadline = time.monotonic() + 15
-    while not re.search(f"^waiting for the database: .*{reason}", service.log, re.MULTILINE):
-        assert time.monotonic() < deadline, service.log
-        time.sleep(0.05)
+    line = re.compile(f"^waiting for the database: .*{reason}", re.MULTILINE)
+    wait_until(lambda: line.search(service.log), otherwise=lambda: service.log)
     service.process.kill()  # it would be stopped, but only after waiting for some seconds
 
 

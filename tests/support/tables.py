@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import psycopg
 import pytest
 from psycopg import sql
 
-from service import LOCK_TIMEOUT
-from service import apply_schema as apply_on
+from sql.database import LOCK_TIMEOUT
+from sql.database import apply_schema as apply_on
+from tests.support.database import execute
 from tests.support.service_process import ROOT
 
 VERSION_1_0 = (ROOT / "tests" / "support" / "version_1_0.sql").read_text()
@@ -30,21 +30,6 @@ BEYOND_A_LIMIT: list[tuple[str, dict[str, Any]]] = [
       for moment in ("infinity", "9999-12-31 23:59:59.999999Z", "10000-01-01 00:00Z",
                      "-infinity", "0001-01-01 00:00Z", "0001-12-31 23:59:59.999999Z BC")),
 ]  # fmt: skip
-
-
-def connect(url: str) -> psycopg.Connection[tuple[Any, ...]]:
-    return psycopg.connect(url, autocommit=True)
-
-
-def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
-    """Send one statement, or several in one transaction, and return the rows."""
-    with connect(url) as connection:
-        cursor = connection.execute(statement.encode())
-        return cursor.fetchall() if cursor.description else []
-
-
-def name_of(url: str) -> str:
-    return urlsplit(url).path.removeprefix("/")
 
 
 def apply_schema(url: str, **settings: str) -> None:

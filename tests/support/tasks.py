@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.service_process import Service
+from tests.support.waiting import wait_until
 
-NOT_FOUND = {"detail": "Task not found"}
 NO_TASK = 2**62
 """An id that no task has."""
 
@@ -19,10 +18,7 @@ NO_TASK = 2**62
 def wait_for_waiting_statements(service: Service, count: int) -> None:
     """Return when that many statements wait for a lock that somebody else holds."""
     waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    deadline = time.monotonic() + 5
-    while len(service.sql(waiting)) < count:
-        assert time.monotonic() < deadline, f"less than {count} statements are waiting"
-        time.sleep(0.02)
+    wait_until(lambda: len(service.sql(waiting)) >= count)
 
 
 def what_is_stable(response: httpx.Response) -> dict[str, str]:
@@ -48,3 +44,9 @@ CHANGES: list[Any] = [
     pytest.param("DELETE", "", None, None, id="DELETE"),
 ]
 NO_CHANGE = pytest.param("PUT", "", {}, {}, id="PUT {}")
+KINDS_OF_CHANGE = [
+    change
+    for change in [NO_CHANGE, *CHANGES]
+    if change.id in ("PUT title", "PUT {}", "PATCH without a body", "PATCH true", "PATCH false", "DELETE")
+]
+"""A few of them."""

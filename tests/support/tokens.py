@@ -46,7 +46,7 @@ def sign(
     return f"{text}.{encode(hmac.digest(key, text.encode(), by))}"
 
 
-def ask(http: Client, token: str | bytes) -> httpx.Response:
+def ask_with(http: Client, token: str | bytes) -> httpx.Response:
     content = token.encode() if isinstance(token, str) else token
     return http.get("/api/tasks", headers={b"Authorization": b"Bearer " + content})
 

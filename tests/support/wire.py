@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
-import time
-from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import psutil
 
-from tests.support.service_process import ROOT, Client, Service
+from tests.support.service_process import Client, Service
+from tests.support.waiting import wait_until
 
 CHUNKED = "Transfer-Encoding: chunked"
 EXPECT = "Expect: 100-continue"
-CHANGES = [
+WRITE_REQUESTS = [
     ("POST", "/api/tasks"), ("PUT", "/api/tasks/{id}"), ("PATCH", "/api/tasks/{id}/complete"),
     ("DELETE", "/api/tasks/{id}"),
 ]  # fmt: skip
 
 
-class Answer(NamedTuple):
+class RawAnswer(NamedTuple):
     status: int
     headers: dict[str, str]
     content: bytes
@@ -32,10 +29,14 @@ class Answer(NamedTuple):
         return json.loads(self.content)
 
 
-class Raw:
-    """A connection to the service, for what no HTTP client would send."""
+class HasPort(Protocol):
+    port: int
 
-    def __init__(self, service: Service) -> None:
+
+class Raw:
+    """A connection to the service or what stands before it, for what no HTTP client would send."""
+
+    def __init__(self, service: HasPort) -> None:
         self.socket = socket.create_connection(("127.0.0.1", service.port), timeout=15)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.socket.makefile("rb")
@@ -52,7 +53,7 @@ class Raw:
         """Send a request line without its version, header lines, and whatever is to follow them."""
         self.socket.sendall(request(line, *headers, content=content))
 
-    def answer(self, *, to_head: bool = False) -> Answer:
+    def answer(self, *, to_head: bool = False) -> RawAnswer:
         line = self.file.readline()
         assert line.startswith(b"HTTP/1.1 "), line
         headers = {}
@@ -60,7 +61,7 @@ class Raw:
             name, _, value = field.decode("latin-1").partition(":")
             headers[name.lower()] = value.strip()
         content = b"" if to_head else self.content(headers)
-        return Answer(int(line.split()[1]), headers, content)
+        return RawAnswer(int(line.split()[1]), headers, content)
 
     def content(self, headers: dict[str, str]) -> bytes:
         if headers.get("transfer-encoding") != "chunked":
@@ -89,17 +90,22 @@ def bearer(client: Client) -> str:
     return f"Authorization: {client.headers['authorization']}"
 
 
-def ask(service: Service, line: str | bytes, *headers: str, content: bytes = b"") -> Answer:
+def ask(service: HasPort, line: str | bytes, *headers: str, content: bytes = b"") -> RawAnswer:
     with Raw(service) as connection:
         connection.send(line, *headers, content=content)
         return connection.answer(to_head=line[:4] in ("HEAD", b"HEAD"))
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def exchange(service: HasPort, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> RawAnswer:
+    """Ask with headers that are a dict, as those of HTTP clients. It adds no Content-Length."""
+    return ask(service, f"{method} {path}", *map(": ".join, headers.items()), content=body)
+
+
+def all_that_comes(service: HasPort, line: str, *headers: str) -> bytes:
+    """Send a request that asks for the connection's end, and return all the bytes that come back."""
+    with Raw(service) as connection:
+        connection.send(line, "Connection: close", *headers)
+        return connection.file.read()
 
 
 def wait_until_read(service: Service) -> None:
@@ -117,19 +123,3 @@ def remote_ports(service: Service) -> set[int]:
 def wait_until_gone(service: Service, connection: Raw) -> None:
     """Wait until the service has noticed the end of a connection."""
     wait_until(lambda: connection.port not in remote_ports(service))
-
-
-SOONER = {"KEEP_ALIVE = 95": 1, "UNREAD_TIMEOUT = 300.0": 1.0, "REQUEST_TIMEOUT = 15.0": 1.0, "TICK = 1.0": 0.1}
-
-
-def copy_program(folder: Path, *names: str) -> Path:
-    """Make a program in a folder that closes connections sooner: where a limit has one of these names, if any."""
-    shutil.copytree(ROOT / "sql", folder / "sql", ignore=shutil.ignore_patterns("__pycache__"))
-    program = (ROOT / "service.py").read_text()
-    for line, seconds in SOONER.items():
-        name = line.partition(" ")[0]
-        assert program.count(f"\n{line} ") == 1
-        if not names or name in names:
-            program = program.replace(f"\n{line} ", f"\n{name} = {seconds} ")
-    (folder / "service.py").write_text(program)
-    return folder

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.support.fixtures import StartService
 from tests.support.outages import assert_unharmed, create_database
 from tests.support.postgres import Postgres
 from tests.support.service_process import Service, running
@@ -50,7 +51,7 @@ def _service_is_unharmed(postgres: Postgres, service: Service) -> Iterator[None]
 
 
 @pytest.fixture
-def start(start_service: Callable[..., Service]) -> Iterator[Callable[..., Service]]:
+def start(start_service: StartService) -> Iterator[StartService]:
     """A function that starts a service of the test's own."""
     services = []
 

@@ -9,38 +9,36 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from signal import SIGQUIT, SIGTERM
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests.support.database import OTHERS, connect, execute, terminate, url_as
+from tests.support.fixtures import Figures, StartService
 from tests.support.outages import (
     IDLE,
-    OTHERS,
     assert_all_unavailable,
     assert_healed,
     assert_only_the_database_is_missed,
     assert_unavailable,
-    connect,
     create_database,
     database_setting,
-    execute,
     fill_pool,
     let_notice,
-    terminate,
-    threads,
-    url_as,
 )
 from tests.support.postgres import Postgres
 from tests.support.service_process import Client, Service
+from tests.support.waiting import wait_until
 
 # --- At start
 
 
 @pytest.mark.fault
 def test_a_service_that_is_there_before_its_server_heals_by_itself(
-    postgres: Postgres, start: Callable[..., Service], figures: Callable[[str, str], None]
+    postgres: Postgres, start: StartService, figures: Figures
 ) -> None:
     url = create_database(postgres)
     postgres.stop()
@@ -60,9 +58,7 @@ def test_a_service_that_is_there_before_its_server_heals_by_itself(
 
 
 @pytest.mark.long
-def test_a_service_that_is_there_before_its_database_heals_by_itself(
-    postgres: Postgres, start: Callable[..., Service]
-) -> None:
+def test_a_service_that_is_there_before_its_database_heals_by_itself(postgres: Postgres, start: StartService) -> None:
     name = f"tasks_{uuid.uuid4().hex[:12]}"
     service = start(url_as("postgres", postgres.url(name)), ready=False)
     with service.client("alice") as alice:
@@ -74,7 +70,7 @@ def test_a_service_that_is_there_before_its_database_heals_by_itself(
 
 
 def test_a_service_can_start_on_a_read_only_database(
-    postgres: Postgres, service: Service, url: str, alice: Client, start: Callable[..., Service]
+    postgres: Postgres, service: Service, url: str, alice: Client, start: StartService
 ) -> None:
     task = alice.create()
     with (
@@ -86,17 +82,14 @@ def test_a_service_can_start_on_a_read_only_database(
 
 
 @pytest.mark.long
-def test_a_service_can_start_on_a_server_that_does_not_answer(start: Callable[..., Service]) -> None:
+def test_a_service_can_start_on_a_server_that_does_not_answer(start: StartService) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         service = start(url_as("postgres", f"postgresql://127.0.0.1:{silent.getsockname()[1]}/tasks"), ready=False)
         with service.client("alice") as alice, service.client() as nobody:
             assert_all_unavailable(service, alice, "the schema has not been applied yet")
             assert_only_the_database_is_missed(alice, nobody)
             timed_out = "waiting for the database: TimeoutError: .+"
-            for _ in range(400):  # the first try ends after ten seconds, of which a start waits three
-                if re.search(timed_out, service.log):
-                    break
-                time.sleep(0.05)
+            wait_until(lambda: re.search(timed_out, service.log))  # after ten seconds, of which a start waits three
             assert len(re.findall(timed_out, service.log)) == 1
 
 
@@ -169,7 +162,7 @@ def test_a_read_survives_the_loss_of_every_idle_connection(
     task, bobs = alice.create(), bob.create()
     fill_pool(service, alice)
     cut(postgres, url)
-    with threads(8) as executor:
+    with ThreadPoolExecutor(8) as executor:
         lists = [executor.submit(client.tasks) for client in (alice, bob) * 8]
         assert [answer.result() for answer in lists] == [[task], [bobs]] * 8
     cut(postgres, url)
@@ -222,12 +215,8 @@ def test_sessions_that_the_server_ends_for_idleness_are_not_noticed(
 
 
 def wait_until_alone(service: Service) -> None:
-    for _ in range(200):
-        if execute(service.database_url, f"SELECT count(*) {OTHERS}") == [(0,)]:
-            let_notice(service)
-            return
-        time.sleep(0.05)
-    raise AssertionError("the server should have ended the idle sessions")
+    wait_until(lambda: execute(service.database_url, f"SELECT count(*) {OTHERS}") == [(0,)])
+    let_notice(service)
 
 
 # --- Idle connections that are lost without a word
@@ -292,7 +281,7 @@ def proxy(postgres: Postgres) -> Iterator[ForgetfulProxy]:
 
 
 @pytest.fixture
-def behind_proxy(postgres: Postgres, proxy: ForgetfulProxy, start: Callable[..., Service]) -> Service:
+def behind_proxy(postgres: Postgres, proxy: ForgetfulProxy, start: StartService) -> Service:
     """A service that reaches its database through the proxy; `database_url` is for the tests, and straight."""
     url = create_database(postgres)
     service = start(url.replace(f":{urlsplit(url).port}/", f":{proxy.port}/"))

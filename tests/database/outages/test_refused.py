@@ -4,46 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
+from tests.support.database import PASSWORD, UNAVAILABLE, connect, execute, name_of, terminate, url_as
+from tests.support.fixtures import Figures, StartService
 from tests.support.outages import (
-    PASSWORD,
-    UNAVAILABLE,
     assert_all_unavailable,
     assert_healed,
     assert_only_the_database_is_missed,
     assert_unavailable,
     assert_unharmed,
-    connect,
     create_database,
     database_setting,
     drop_connections,
-    execute,
     let_notice,
-    name_of,
     requests_for,
-    terminate,
-    url_as,
 )
-from tests.support.postgres import Postgres, free_port
-from tests.support.service_process import ROOT, Client, Service, running, token
+from tests.support.postgres import Postgres, dead_port
+from tests.support.service_process import Client, Service, running, token
 
 # --- Full, forbidden, dropped, read-only
 
 
 @pytest.mark.fault
 def test_a_server_without_a_free_connection_is_a_503(
-    postgres: Postgres, service: Service, alice: Client, figures: Callable[[str, str], None]
+    postgres: Postgres, service: Service, alice: Client, figures: Figures
 ) -> None:
     """SQLSTATE 53300."""
     task = alice.create()
@@ -66,7 +58,7 @@ def test_a_server_without_a_free_connection_is_a_503(
 
 def take_every_connection(postgres: Postgres, taken: list[psycopg.Connection[tuple[Any, ...]]]) -> None:
     with suppress(psycopg.OperationalError):
-        while True:
+        for _ in range(100):
             taken.append(connect(postgres.url()))
 
 
@@ -113,9 +105,7 @@ def test_a_role_that_is_not_let_in_is_a_503(
         assert_healed(service_of_role, alice, [task])
 
 
-def test_a_database_that_is_dropped_is_a_503_until_it_is_restored(
-    postgres: Postgres, start: Callable[..., Service]
-) -> None:
+def test_a_database_that_is_dropped_is_a_503_until_it_is_restored(postgres: Postgres, start: StartService) -> None:
     """SQLSTATE 3D000."""
     url = create_database(postgres)
     service, name = start(url), name_of(url)
@@ -175,9 +165,7 @@ def test_writes_go_on_once_the_database_is_writable_again(
 # --- Another encoding, and what is no trouble of the database ---------------------------------------------------------
 
 
-def test_a_database_of_another_encoding_is_a_503_and_told_in_the_log(
-    postgres: Postgres, start: Callable[..., Service]
-) -> None:
+def test_a_database_of_another_encoding_is_a_503_and_told_in_the_log(postgres: Postgres, start: StartService) -> None:
     """A title could hold what it cannot store."""
     url = create_database(postgres, "ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     service = start(url, ready=False)
@@ -190,16 +178,9 @@ def test_a_database_of_another_encoding_is_a_503_and_told_in_the_log(
 
 
 def test_a_file_of_the_documentation_that_is_missing_is_a_bug_and_no_trouble_of_the_database(
-    database_url: str, start_service: Callable[..., Service], tmp_path: Path
+    database_url: str, start_service: StartService
 ) -> None:
-    for name in ("service.py", "Procfile", "sql"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    program = (tmp_path / "service.py").read_text()
-    line = re.search("^DOCS_FOLDER = .+$", program, re.MULTILINE)
-    assert line
-    (tmp_path / "service.py").write_text(program.replace(line[0], 'DOCS_FOLDER = Path("/nowhere")'))
-    service = start_service(database_url, folder=tmp_path)
+    service = start_service(database_url, constants={"service.DOCS_FOLDER": "/nowhere"})
     service.wait_until_ready()
     with service.client() as nobody:
         response = nobody.get("/docs/redoc.js")
@@ -211,8 +192,8 @@ def test_a_file_of_the_documentation_that_is_missing_is_a_bug_and_no_trouble_of_
     assert "FileNotFoundError" in service.log
 
 
-def test_requests_that_fail_leave_nothing_behind(start_service: Callable[[str], Service]) -> None:
-    service = start_service(f"postgresql://postgres@127.0.0.1:{free_port()}/none")
+def test_requests_that_fail_leave_nothing_behind(start_service: StartService) -> None:
+    service = start_service(f"postgresql://postgres@127.0.0.1:{dead_port()}/none")
     service.wait_until_healthy()
     body = json.dumps({"title": "not now", "description": "x" * 2000}).encode()
     head = f"POST /api/tasks HTTP/1.1\r\nAuthorization: Bearer {token('alice')}\r\nContent-Length: {len(body)}\r\n"

@@ -5,53 +5,28 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import psutil
-import psycopg
 import pytest
 
-from sql import TIMEOUT
+from sql.database import TIMEOUT
+from tests.support.database import OTHERS, connect, locked, wait_for_backends
+from tests.support.fixtures import StartService
 from tests.support.outages import (
     HELD,
-    OTHERS,
     assert_healed,
     assert_unavailable,
-    connect,
     database_setting,
-    execute,
     fill_pool,
     held_writes,
     requests_for,
-    threads,
 )
 from tests.support.postgres import Postgres
 from tests.support.service_process import Client, Service
 
-
-def wait_for(url: str, condition: str, action: str = "pid") -> Any:
-    """Wait until a backend of somebody else is in a condition, do something to it, and return what comes of that."""
-    for _ in range(1000):
-        if found := execute(url, f"SELECT {action} {OTHERS} AND {condition}"):
-            return found[0][0]
-        time.sleep(0.01)
-    raise AssertionError(f"a backend should be seen with {condition}")
-
-
 WAITS_FOR_A_LOCK = "wait_event_type = 'Lock'"
-
-
-@contextmanager
-def locked(url: str, statement: str) -> Iterator[None]:
-    """Hold the lock that a statement takes."""
-    with psycopg.connect(url) as connection:
-        connection.execute(statement.encode())
-        yield
-        connection.rollback()
 
 
 def locked_row(url: str, task: dict[str, Any]) -> Any:
@@ -66,11 +41,11 @@ TERMINATE = "pg_terminate_backend(pid, 10000)"
 
 def test_a_read_whose_backend_is_terminated_is_sent_again(url: str, alice: Client) -> None:
     task = alice.create()
-    with threads() as executor:
+    with ThreadPoolExecutor(1) as executor:
         with locked(url, "LOCK TABLE task IN ACCESS EXCLUSIVE MODE"):
             answer = executor.submit(alice.tasks)
-            wait_for(url, WAITS_FOR_A_LOCK, TERMINATE)
-            wait_for(url, WAITS_FOR_A_LOCK)
+            wait_for_backends(url, WAITS_FOR_A_LOCK, action=TERMINATE)
+            wait_for_backends(url, WAITS_FOR_A_LOCK)
         assert answer.result() == [task]
 
 
@@ -80,11 +55,11 @@ def test_a_write_whose_backend_is_terminated_is_a_503_and_not_sent_again(
     """Nobody can know how far it came."""
     task, other = alice.create(), alice.create()
     writes = [request for request in requests_for(task["id"]) if request[0] != "GET"]
-    with threads() as executor, held_writes(url, alice.user_id):
+    with ThreadPoolExecutor(1) as executor, held_writes(url, alice.user_id):
         for method, path, body in writes:
             headers = {"X-Request-ID": uuid.uuid4().hex}
             answer = executor.submit(alice.request, method, path, json=body, headers=headers)
-            wait_for(url, HELD, TERMINATE)
+            wait_for_backends(url, HELD, action=TERMINATE)
             assert_unavailable(answer.result())
             reason = "terminating connection due to administrator command"
             assert reason in service.log_line(headers["X-Request-ID"])
@@ -96,14 +71,14 @@ def test_a_write_that_is_cancelled_is_sent_once_more_and_then_a_503(service: Ser
     """SQLSTATE 57014, of which the first may have been meant for another call in the same message."""
     task, other = alice.create(), alice.create()
     writes = [request for request in requests_for(task["id"]) if request[0] != "GET"]
-    with threads() as executor, held_writes(url, alice.user_id):
+    with ThreadPoolExecutor(1) as executor, held_writes(url, alice.user_id):
         for method, path, body in writes:
             headers = {"X-Request-ID": uuid.uuid4().hex}
             answer = executor.submit(alice.request, method, path, json=body, headers=headers)
             began = "-infinity"
             for _ in range(2):
                 condition = f"{HELD} AND query_start > '{began}'"
-                began = wait_for(url, condition, "query_start::text, pg_cancel_backend(pid)")
+                began = wait_for_backends(url, condition, action="query_start::text, pg_cancel_backend(pid)")
             assert_unavailable(answer.result())
             assert "QueryCanceledError" in service.log_line(headers["X-Request-ID"])
     assert_healed(service, alice, [other, task])
@@ -123,7 +98,7 @@ def test_a_time_limit_of_the_database_is_a_503(
     task, other = alice.create(), alice.create()
     with (
         database_setting(postgres, service, "statement_timeout", "200ms"),
-        threads() as executor,
+        ThreadPoolExecutor(1) as executor,
         held_writes(url, alice.user_id),
     ):
         assert_unavailable(complete(executor, alice, task, request_id := uuid.uuid4().hex).result())
@@ -153,7 +128,7 @@ def test_terminating_backends_under_load_gives_nothing_but_503(service: Service,
         return statuses, must, may
 
     users = [uuid.uuid4().hex for _ in range(4)]
-    with threads(len(users)) as executor:
+    with ThreadPoolExecutor(len(users)) as executor:
         answers = [executor.submit(work, user) for user in users]
         until = time.monotonic() + 2
         with connect(url) as connection:
@@ -178,10 +153,10 @@ TOO_LONG = 'error="TimeoutError: it took too long"'
 @pytest.mark.long
 def test_a_locked_row_holds_up_nobody_else(service: Service, url: str, alice: Client, bob: Client) -> None:
     task, other, bobs = alice.create(), alice.create(), bob.create()
-    with threads() as executor, locked_row(url, task):
+    with ThreadPoolExecutor(1) as executor, locked_row(url, task):
         started = time.monotonic()
         answer = complete(executor, alice, task, request_id := uuid.uuid4().hex)
-        wait_for(url, WAITS_FOR_A_LOCK)
+        wait_for_backends(url, WAITS_FOR_A_LOCK)
         assert alice.tasks() == [other, task]
         assert alice.get(f"/api/tasks/{task['id']}").json() == task
         assert bob.patch(f"/api/tasks/{bobs['id']}/complete").json()["completed"] is True
@@ -196,10 +171,10 @@ def test_a_locked_row_holds_up_nobody_else(service: Service, url: str, alice: Cl
 
 def test_a_change_of_a_locked_row_is_made_when_the_row_is_let_go(url: str, alice: Client) -> None:
     task = alice.create()
-    with threads() as executor:
+    with ThreadPoolExecutor(1) as executor:
         with locked_row(url, task):
             answer = complete(executor, alice, task, uuid.uuid4().hex)
-            wait_for(url, WAITS_FOR_A_LOCK)
+            wait_for_backends(url, WAITS_FOR_A_LOCK)
             assert not answer.done()
         assert answer.result().json()["completed"] is True
     assert alice.get(f"/api/tasks/{task['id']}").json() == answer.result().json()
@@ -213,13 +188,13 @@ def test_a_table_that_is_locked_is_a_503_for_who_has_to_wait_for_it(
     task, bobs = alice.create(), bob.create()
     for mode, waits in (("SHARE", "POST PUT PATCH DELETE"), ("ACCESS EXCLUSIVE", "GET POST PUT PATCH DELETE")):
         requests = [request for request in requests_for(task["id"]) if request[0] in waits.split()]
-        with threads(len(requests)) as executor, locked(url, f"LOCK TABLE task IN {mode} MODE"):
+        with ThreadPoolExecutor(len(requests)) as executor, locked(url, f"LOCK TABLE task IN {mode} MODE"):
             started, answers = time.monotonic(), {}
             for method, path, body in requests:
                 headers = {"X-Request-ID": uuid.uuid4().hex}
                 answer = executor.submit(alice.request, method, path, json=body, headers=headers)
                 answers[headers["X-Request-ID"]] = answer
-            wait_for(url, WAITS_FOR_A_LOCK)
+            wait_for_backends(url, WAITS_FOR_A_LOCK)
             if mode == "SHARE":
                 for _ in range(20):
                     assert bob.tasks() == [bobs]
@@ -233,13 +208,15 @@ def test_a_table_that_is_locked_is_a_503_for_who_has_to_wait_for_it(
 
 
 @pytest.mark.long
-def test_a_pool_without_a_free_connection_is_a_503_in_time(
-    postgres: Postgres, url: str, start: Callable[..., Service]
-) -> None:
+def test_a_pool_without_a_free_connection_is_a_503_in_time(postgres: Postgres, url: str, start: StartService) -> None:
     service = start(url, DATABASE_POOL_SIZE="1")
-    with service.client(uuid.uuid4().hex) as alice, service.client(uuid.uuid4().hex) as bob, threads(3) as executor:
+    with (
+        service.client(uuid.uuid4().hex) as alice,
+        service.client(uuid.uuid4().hex) as bob,
+        ThreadPoolExecutor(3) as executor,
+    ):
         task, bobs = alice.create(), bob.create()
-        with suspended(postgres):
+        with postgres.suspended():
             started = time.monotonic()
             answer = complete(executor, alice, task, "has the connection")
             waiting = executor.submit(bob.get, "/api/tasks", headers={"X-Request-ID": "waits for it"})
@@ -256,15 +233,17 @@ def test_a_pool_without_a_free_connection_is_a_503_in_time(
 
 
 @pytest.mark.long
-def test_a_pool_of_one_connection_serves_others_while_a_change_waits_for_a_lock(
-    url: str, start: Callable[..., Service]
-) -> None:
+def test_a_pool_of_one_connection_serves_others_while_a_change_waits_for_a_lock(url: str, start: StartService) -> None:
     service = start(url, DATABASE_POOL_SIZE="1")
-    with service.client(uuid.uuid4().hex) as alice, service.client(uuid.uuid4().hex) as bob, threads() as executor:
+    with (
+        service.client(uuid.uuid4().hex) as alice,
+        service.client(uuid.uuid4().hex) as bob,
+        ThreadPoolExecutor(1) as executor,
+    ):
         task, bobs = alice.create(), bob.create()
         with locked_row(url, task):
             answer = complete(executor, alice, task, "locked")
-            wait_for(url, WAITS_FOR_A_LOCK)
+            wait_for_backends(url, WAITS_FOR_A_LOCK)
             for _ in range(20):
                 assert bob.tasks() == [bobs]
                 assert bob.get("/health/ready").status_code == 200
@@ -275,27 +254,11 @@ def test_a_pool_of_one_connection_serves_others_while_a_change_waits_for_a_lock(
 # --- A database that hangs
 
 
-@contextmanager
-def suspended(postgres: Postgres) -> Iterator[None]:
-    """Stop the clock of the server: its connections are open, and nobody answers on them."""
-    assert postgres.process
-    postmaster = psutil.Process(postgres.process.pid)
-    postmaster.suspend()
-    processes = [*postmaster.children(recursive=True), postmaster]
-    try:
-        for process in processes:
-            process.suspend()
-        yield
-    finally:
-        for process in processes:
-            process.resume()
-
-
 def test_a_readiness_check_is_answered_in_time_while_the_database_hangs(
     postgres: Postgres, service: Service, alice: Client
 ) -> None:
     task = alice.create()
-    with threads(4) as executor, suspended(postgres):
+    with ThreadPoolExecutor(4) as executor, postgres.suspended():
         started = time.monotonic()
         checks = [executor.submit(alice.get, "/health/ready") for _ in range(4)]
         assert alice.get("/health").status_code == 200
@@ -316,7 +279,7 @@ def test_requests_are_answered_in_time_while_the_database_hangs(
     """
     task = alice.create()
     fill_pool(service, alice)
-    with threads(20) as executor, suspended(postgres):
+    with ThreadPoolExecutor(20) as executor, postgres.suspended():
         assert_unavailable(alice.get("/health/ready"))
         started = time.monotonic()
         answers = [executor.submit(alice.get, "/api/tasks") for _ in range(20)]

@@ -1,0 +1,204 @@
+"""The database: its URL, the connections to it, and the schema."""
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import re
+import ssl
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import asyncpg
+from asyncpg import Pool, Record
+from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
+
+log = logging.getLogger("service")
+
+TIMEOUT = 8.0  # seconds that a call may take, second tries included
+LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
+SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
+# Keys of a URL that are read here, or left out without a word: sslmode=verify-full protects as channel binding does.
+OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
+            "channel_binding", "gssencmode"}  # fmt: skip
+
+
+class Unavailable(Exception):
+    """The database cannot be reached, or not in time. A write may have been made. The text is for the log."""
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception in one line, for the log."""
+    if isinstance(error, Unavailable):
+        return str(error)
+    text = "it took too long" if isinstance(error, TimeoutError) else str(error)
+    return ": ".join([type(error).__name__, *text.splitlines()[:1]])
+
+
+def read_url(url: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of `create_pool` from a URL as providers write it, and the keys that were left out of it.
+
+    Raise ValueError, with a text that holds no password.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        query = dict(parse_qsl(parts.query))
+        if "ssl" in query:  # as SQLAlchemy's asyncpg dialect and JDBC call it
+            query.setdefault("sslmode", {"true": "require", "false": "disable"}.get(query["ssl"], query["ssl"]))
+        if query.get("sslmode", "").startswith("verify") and query.get("sslrootcert", "system") == "system":
+            query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
+        timeout = query.get("connect_timeout", "10")
+        parts = parts._replace(scheme=parts.scheme.partition("+")[0], query=urlencode(query))
+        nothing_else = dict.fromkeys(inspect.signature(parse_dsn).parameters)
+        addresses, parameters = parse_dsn(**nothing_else | {"dsn": parts.geturl()})
+        ports = [address[1] for address in addresses if isinstance(address, tuple)]
+        # Where a password has one of these unescaped, asyncpg takes a part of it, or the user, for the host.
+        escaped = re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
+        if not escaped or not all(0 < port < 65_536 for port in ports):
+            raise ValueError
+    except Exception:  # whose text may hold the password
+        raise ValueError(
+            "DATABASE_URL cannot be read: it must be like postgresql://user:password@host:port/database, the password"
+            " percent-escaped (@ as %40, # as %23, / as %2F, ? as %3F), and what follows a ? must be right: sslmode,"
+            " sslrootcert, target_session_attrs, connect_timeout."
+        ) from None
+    # asyncpg takes a key that it does not know for a setting of the server, which then refuses the connection.
+    unknown = (parameters.server_settings or {}).keys() - {"application_name", "options"}
+    dsn = parts._replace(query=urlencode({key: query[key] for key in query.keys() - unknown})).geturl()
+    arguments: dict[str, Any] = {"dsn": dsn, "timeout": int(timeout)}
+    # A pooler that gives every transaction another server connection cannot keep prepared statements.
+    if 6543 in ports or any(sign in url for sign in ("pgbouncer=true", "statement_cache_size=0")):  # Supabase's port
+        arguments["statement_cache_size"] = 0
+    return arguments, sorted(unknown - OUR_KEYS)
+
+
+def create_pool(**arguments: Any) -> Pool:
+    """Return a pool that opens connections as calls need them, so that a process starts without the database."""
+    return asyncpg.create_pool(
+        **arguments, min_size=0, command_timeout=TIMEOUT, connect=connect, connection_class=Connection
+    )
+
+
+async def connect(*arguments: Any, **options: Any) -> "Connection":
+    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users.
+
+    Raise Unavailable, whatever the reason.
+    """
+    # These are startup parameters, as what is SET in a session leaks to others through a pooler.
+    settings = {"lock_timeout": LOCK_TIMEOUT, "plan_cache_mode": "force_generic_plan"}
+    try:
+        try:
+            connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
+        except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):  # PgBouncer; PostgreSQL 11
+            options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
+            connection = await asyncpg.connect(*arguments, **options)
+        await connection.prepare_session()
+    except Exception as error:
+        raise Unavailable(reason(error)) from None
+    return connection
+
+
+class Connection(asyncpg.Connection):
+    """A connection that the pool does not reset, which would double the round trips: nothing is left in its session."""
+
+    # Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter.
+    sets_lock_timeout = False
+
+    def get_reset_query(self) -> str:
+        return ""
+
+    async def prepare_session(self) -> None:
+        try:
+            self.sets_lock_timeout = await self.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
+            # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.
+            await self.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
+        except BaseException:
+            self.terminate()
+            raise
+
+    async def execute_for_each(self, statement: str, parameters: Sequence[Any], seconds: float) -> list[Record]:
+        """Send a statement with each of the parameters, in one message and one transaction; return all rows.
+
+        Raise ConnectionError if the connection is lost or does not answer in so many seconds, or what asyncpg raises.
+        """
+        try:
+            if not self.sets_lock_timeout:
+                return await self.fetchmany(statement, parameters, timeout=seconds)
+            async with asyncio.timeout(seconds), self.transaction():
+                await self.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+                return await self.fetchmany(statement, parameters)
+        except Exception as error:
+            if self.is_closed() or isinstance(error, LOST):
+                raise ConnectionError(reason(error)) from None
+            raise
+
+
+# What tells of the end of a connection that may not count as closed yet.
+LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
+
+SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
+BEGIN = """
+    SET LOCAL lock_timeout = 0;
+    SET LOCAL statement_timeout = 0;
+    SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
+    -- Have IF NOT EXISTS look where the table is, which may be in a later schema of the search path.
+    SELECT set_config('search_path', relnamespace::regnamespace::text, true)
+    FROM pg_class WHERE oid = to_regclass('task')
+"""
+PRESENT = """
+    SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('task') AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task')
+"""
+EXPECTED = set(re.findall(r"(?m)(?:^    |INDEX IF NOT EXISTS )([a-z_]+)\b", SCHEMA))  # columns and indexes
+
+
+async def apply_schema(pool: Pool) -> None:
+    """Create or convert the table, in one transaction, one process at a time; do nothing where all is there.
+
+    Raise Unavailable.
+    """
+    try:
+        async with pool.acquire() as connection, connection.transaction():
+            await connection.execute(BEGIN, timeout=SCHEMA_TIMEOUT)
+            if (encoding := await connection.fetchval("SHOW server_encoding")) != "UTF8":
+                raise Unavailable(f"the encoding of the database is {encoding}, and must be UTF8")
+            present = {row[0] for row in await connection.fetch(PRESENT)}
+            if present and "request_hash" not in present:
+                await connection.execute(ADOPT, timeout=SCHEMA_TIMEOUT)
+            if not present >= EXPECTED:  # IF NOT EXISTS takes the right to create even where there is nothing to do
+                await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
+    except Exception as error:  # whatever it is, someone can mend it in the database
+        raise Unavailable(reason(error)) from None
+
+
+async def apply_schema_when_possible(pool: Pool) -> None:
+    """Apply the schema, however long the database takes to appear; log each new reason why it could not be."""
+    said = ""
+    while True:
+        try:
+            return await apply_schema(pool)
+        except Unavailable as error:
+            if said != str(error):
+                said = str(error)
+                log.warning("waiting for the database: %s", said)
+            await asyncio.sleep(1)
+
+
+@contextlib.contextmanager
+def traced(statement: str) -> Iterator[None]:
+    """Give OpenTelemetry a span of a call: its statement without the parameters. Waits and second tries are in it."""
+    from opentelemetry import trace
+
+    verb, *_ = re.sub("(?m)^--.*", "", statement).split()
+    attributes = {"db.system": "postgresql", "db.statement": statement}
+    span = trace.get_tracer("service").start_span(verb, kind=trace.SpanKind.CLIENT, attributes=attributes)
+    try:
+        yield
+    except Exception:
+        span.set_status(trace.StatusCode.ERROR)  # and no more: the error may quote the task
+        raise
+    finally:
+        span.end()
