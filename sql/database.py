@@ -152,7 +152,7 @@ PRESENT = """
     UNION ALL
     SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task')
 """
-EXPECTED = set(re.findall(r"(?m)(?:^    |INDEX IF NOT EXISTS )([a-z_]+)\b", SCHEMA))  # columns and indexes
+EXPECTED = set(re.findall(r"(?m)(?:^    |(?:INDEX|COLUMN) IF NOT EXISTS )([a-z_]+)\b", SCHEMA))  # columns and indexes
 
 
 async def apply_schema(pool: Pool) -> None:

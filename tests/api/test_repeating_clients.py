@@ -12,13 +12,15 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.support.conditions import MOVED_ON, Task, assert_created, if_match, path_of
 from tests.support.errors import TASK_NOT_FOUND
-from tests.support.service_process import ROOT, Client, Service, new_user_id, token
+from tests.support.front_end import front_end, without_a_browser
+from tests.support.service_process import Client, Service, new_user_id, token
 
 # --- A client that repeats what it got no answer to ------------------------------------------------------------------
 
@@ -194,34 +196,43 @@ def test_a_client_that_repeats_its_writes_has_what_it_meant_to_have(three_proces
 
 
 MEANT = """
+    import './browser.mjs'
+    const { change, create, list, remove, toggle } = await import('./tasks.js')
     const now = globalThis.setTimeout
     globalThis.setTimeout = (callback, milliseconds) => now(callback, milliseconds / 100)
     const tasks = []
     for (let number = 0; number < 60; number++) {
       const { status, json: task } = await create({ title: `task ${number}` })
       if (status !== 201) throw new Error(status)
-      if (number % 3 === 0) await remove(task)
-      else if (number % 3 === 1) tasks.push((await change(task.id, { description: `of ${number}` })).json)
+      if (number % 4 === 0) await remove(task)
+      else if (number % 4 === 1) tasks.push((await change(task, { description: `of ${number}` })).json)
+      else if (number % 4 === 2) tasks.push((await toggle(task)).json)
       else tasks.push(task)
     }
-    console.log(JSON.stringify(tasks.map(({ updated_at, ...rest }) => rest)))
+    const lists = [await list(), await list('pending'), await list('completed')]
+    console.log(JSON.stringify([tasks, ...lists.map(({ json }) => json.items)]))
 """
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_client_of_the_readme_has_what_it_meant_to_have(service: Service, alice: Client, seed: int) -> None:
+def test_the_client_of_the_readme_has_what_it_meant_to_have(
+    service: Service, alice: Client, seed: int, tmp_path: Path
+) -> None:
     if not shutil.which("node"):
         pytest.skip("node is not installed")
-    [example] = re.findall(
-        r"^```js\n(// tasks\.js\n.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
     with BadConnection(service, random.Random(seed)) as connection:
-        constants = f"const API_URL = '{connection.url}', TOKEN = '{token(alice.user_id)}'\n"
-        command = ["node", "--input-type=module", "--eval", constants + example + MEANT]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        modules = {"browser.mjs": without_a_browser(token(alice.user_id)), "main.mjs": MEANT}
+        for name, text in (modules | front_end(connection.url) | {"package.json": '{"type": "module"}'}).items():
+            (tmp_path / name).write_text(text)
+        command = ["node", "main.mjs"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
-    meant = json.loads(ran.stdout)
-    assert len(meant) == 40
+    meant, listed, pending, completed = json.loads(ran.stdout)
+    assert len(meant) == 45
+    for task in meant:
+        del task["updated_at"]  # a change that was made twice has moved it on
     found = [{name: value for name, value in task.items() if name != "updated_at"} for task in alice.tasks()]
-    assert found == list(reversed(meant))
+    assert found == meant[::-1]
+    assert [task["completed"] for task in found].count(True) == 15
+    assert [listed, pending, completed] == [alice.tasks(), alice.tasks("pending"), alice.tasks("completed")]
     assert connection.fates.total() > connection.fates["passed on"] > 0

@@ -12,20 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.front_end import front_end, with_urls, without_a_browser
+from tests.support.readme import code
 from tests.support.service_process import ROOT, Service, environment, new_user_id, token
 
 SOURCE = ROOT / "tests" / "clients" / "typed_client"
-README = (ROOT / "README.md").read_text()
-
-[CLIENT] = re.findall(r"^```ts\n(// tasks\.ts\n.*?)^```$", README, re.MULTILINE | re.DOTALL)
-[INSTALL, GENERATE] = re.findall(r"^(np[mx] .*openapi-typescript .*)$", README, re.MULTILINE)
-
-# What the README leaves to the front end. The first token has expired.
-FRONT_END = """\
-const API_URL = process.env['API_URL'] ?? ''
-const tokens = process.env['TOKENS']?.split(' ') ?? []
-const getToken = async (): Promise<string> => tokens.shift() ?? ''
-"""
+INSTALL, GENERATE = code("npm install openapi-fetch").splitlines()
 
 # Each mistake, and how the compiler's complaint of it begins.
 WRONG = {
@@ -94,9 +86,9 @@ def project(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in SOURCE.glob("*.*"):
         shutil.copy(file, folder)
     (folder / "node_modules").symlink_to(SOURCE / "node_modules")
-    (folder / "tasks.ts").write_text(FRONT_END + CLIENT)
-    assert "http://127.0.0.1:8000" in GENERATE
-    generated = run(GENERATE.replace("http://127.0.0.1:8000", service.url), folder)
+    (folder / "api.js").write_text(front_end(service.url)["api.js"])
+    (folder / "tasks.ts").write_text(with_urls((SOURCE / "tasks.ts").read_text(), service.url))
+    generated = run(with_urls(GENERATE, service.url), folder)
     assert generated.returncode == 0, generated.stdout + generated.stderr
     return folder
 
@@ -121,7 +113,8 @@ def test_the_readmes_client_compiles_and_works_at_every_endpoint(project: Path, 
     now = int(time.time())
     expired = token(user_id, iat=now - 7200, exp=now - 3600)
     before = len(service.log)
-    walked = run("node walk.js", project, API_URL=service.url, TOKENS=f"{expired} {token(user_id)}")
+    (project / "browser.mjs").write_text(without_a_browser(expired, token(user_id)))
+    walked = run("node --import ./browser.mjs build/walk.js", project)
     assert walked.returncode == 0, walked.stderr
     lines = re.findall(r"^method=(\S+) path=(\S+) status=(\d+)", service.log[before:], re.MULTILINE)
     assert lines[:2] == [("POST", "/api/tasks", "401"), ("POST", "/api/tasks", "201")]

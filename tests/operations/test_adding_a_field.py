@@ -1,6 +1,6 @@
 """The README's way to add a field, made in a copy of the project: the field works, and all else still does.
 
-The README adds a date. The same five edits here add another kind of field: an integer with limits and a default.
+One copy adds a date that may be null, which the README tells. The same edits add an integer with limits and a default.
 """
 
 from __future__ import annotations
@@ -17,10 +17,41 @@ import httpx
 import psycopg
 import pytest
 
+from tests.support.readme import README
 from tests.support.service_process import ROOT, Client, Service, environment, new_user_id
 
-SECTION = (ROOT / "README.md").read_text().partition("\n## Adding a field\n")[2].partition("\n## ")[0]
-[DUE_DATE] = re.findall(r"^```diff\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
+DUE_DATE = """\
+--- a/service.py
++++ b/service.py
+@@
+     "completed": {"type": "boolean", "examples": [True]},
++    "due_date": {"type": ["string", "null"], "format": "date", "examples": ["2026-01-31", None]},
+ }
+--- a/sql/__init__.py
++++ b/sql/__init__.py
+@@
+-NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
++NAMES = ("id", "user_id", "title", "description", "completed", "due_date", "created_at", "updated_at")
+--- a/sql/schema.sql
++++ b/sql/schema.sql
+@@
++-- Tables that were there before get it too.
++ALTER TABLE task ADD COLUMN IF NOT EXISTS due_date date;
++
+ -- The pages of a list are read off these two, in their order: all tasks, and those of one status.
+--- a/sql/create_task.sql
++++ b/sql/create_task.sql
+@@
+-INSERT INTO task (user_id, idempotency_key, request_hash, title, description, completed)
+-VALUES ($1, $3, $4, $5, $6, $7)
++INSERT INTO task (user_id, idempotency_key, request_hash, title, description, completed, due_date)
++VALUES ($1, $3, $4, $5, $6, $7, $8)
+--- a/sql/update_task.sql
++++ b/sql/update_task.sql
+@@
+     completed = CASE WHEN $9 THEN $10 ELSE completed END,
++    due_date = CASE WHEN $11 THEN $12 ELSE due_date END,
+"""
 
 PRIORITY = """\
 --- a/service.py
@@ -31,12 +62,6 @@ PRIORITY = """\
  }
 -DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
 +DEFAULTS = {"completed": False, "priority": 3}  # what a field of a new task is unless it is sent; null for the others
-@@
-             "completed": completed,
-+            "priority": priority,
-@@
--        for id, user_id, title, description, completed, created_at, updated_at, _ in rows
-+        for id, user_id, title, description, completed, priority, created_at, updated_at, _ in rows
 --- a/sql/__init__.py
 +++ b/sql/__init__.py
 @@
@@ -94,7 +119,7 @@ def copy_with(diff: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the project in which tasks have a due date, as the README says."""
+    """A copy of the project in which tasks have a due date."""
     folder = copy_with(DUE_DATE, tmp_path_factory.mktemp("with-a-due-date"))
     yield folder
     shutil.rmtree(folder)
@@ -132,12 +157,22 @@ def running(folder: Path, database_url: str) -> Iterator[Service]:
     service.remove()
 
 
+def test_the_readme_tells_these_edits() -> None:
+    [section] = re.findall(r"^\*\*Adding a field\*\*.*?(?=^## )", README, re.MULTILINE | re.DOTALL)
+    files = re.findall(r"^[0-9]\. `([^`]+)`", section, re.MULTILINE)
+    assert files == re.findall("^--- a/(.*)", DUE_DATE, re.MULTILINE)
+    told = [code for code in re.findall("`([^`]+)`", section) if "due_date" in code and " " in code]
+    assert len(told) == 3
+    for code in told:
+        assert code in DUE_DATE
+
+
 def test_it_takes_edits_of_five_files() -> None:
     for diff in (DUE_DATE, PRIORITY):
         assert re.findall("^--- a/(.*)", diff, re.MULTILINE) == [
             "service.py", "sql/__init__.py", "sql/schema.sql", "sql/create_task.sql", "sql/update_task.sql"
         ]  # fmt: skip
-        assert len(re.findall("^@@", diff, re.MULTILINE)) == 7
+        assert len(re.findall("^@@", diff, re.MULTILINE)) == 5
 
 
 # --- A date that may be null -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -29,7 +30,7 @@ from tests.support.deployment import (
     workers_of,
 )
 from tests.support.fixtures import Figures, StartService
-from tests.support.postgres import dead_port, free_port, listens
+from tests.support.postgres import dead_port, free_port, listens, suspended
 from tests.support.service_process import (
     ROOT,
     SECRET,
@@ -83,12 +84,8 @@ def test_each_of_the_two_workers_answers(
     workers = workers_of(deployed)
     assert len(workers) == 2
     for other in workers:
-        other.suspend()
-        try:
-            with deployed.client() as client:
-                assert client.get("/health/ready").status_code == 200
-        finally:
-            other.resume()
+        with suspended([other]), deployed.client() as client:
+            assert client.get("/health/ready").status_code == 200
 
 
 def test_a_worker_takes_less_than_80_megabytes(deployed: Service) -> None:
@@ -282,6 +279,32 @@ def test_a_service_that_waits_for_its_database_can_be_stopped(workers: str, star
     assert service.stop(seconds=15) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     assert "Traceback" not in service.log
     assert "destroyed" not in service.log  # as asyncio says of a task that was left running
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_signal_to_the_shell_that_runs_the_web_line_ends_everything(workers: str, database_url: str) -> None:
+    """As foreman, honcho and the CMD of a Dockerfile run it. Debian's sh does not replace itself by the command."""
+    [line] = re.findall("^web: (.*)$", (ROOT / "Procfile").read_text(), re.MULTILINE)
+    port = free_port()
+    settings = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": str(port)}
+    shell = subprocess.Popen(
+        ["sh", "-c", line],
+        cwd=ROOT,
+        env=environment(**settings | {"WEB_CONCURRENCY": workers}),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            wait_until(lambda: answers(client))
+        processes = [*psutil.Process(shell.pid).children(recursive=True), psutil.Process(shell.pid)]
+        shell.terminate()
+        assert shell.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        _, alive = psutil.wait_procs(processes, timeout=5)
+        assert alive == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
 
 
 # --- The release phase -----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tests.support.copies import copy_program
 from tests.support.postgres import free_port
 from tests.support.service_process import SECRET, Client, answers, environment, run_command, token
 from tests.support.waiting import wait_until
+from tests.support.wire import Raw
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and file modes are those of POSIX")
 
@@ -311,16 +312,15 @@ def test_it_stops_quietly_and_wholly_and_starts_again_with_its_data(
 
 @WORKERS
 def test_ctrl_c_lets_a_request_finish_before_the_database_stops(workers: str, project: Kept) -> None:
-    with project.serving(WEB_CONCURRENCY=workers):
-        head = f"PUT /api/tasks/{project.task['id']} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
-        with socket.create_connection(("127.0.0.1", project.port), timeout=20) as connection:
-            connection.sendall(f"{head}Authorization: {project.alice['Authorization']}\r\n\r\n".encode())
-            time.sleep(0.5)
-            assert project.process
-            os.killpg(project.process.pid, signal.SIGINT)
-            time.sleep(1.5)
-            connection.sendall(b"{}")
-            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+    with project.serving(WEB_CONCURRENCY=workers), Raw(project) as connection:
+        authorization = f"Authorization: {project.alice['Authorization']}"
+        connection.send(f"PUT /api/tasks/{project.task['id']}", "Content-Length: 2", authorization)
+        time.sleep(0.5)
+        assert project.process
+        os.killpg(project.process.pid, signal.SIGINT)
+        time.sleep(1.5)
+        connection.socket.sendall(b"{}")
+        assert connection.answer().status == 200
     assert project.process.wait(20) in (0, 128 + signal.SIGINT)
     assert_nothing_runs(project)
     assert_quiet(project)

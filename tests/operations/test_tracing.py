@@ -23,7 +23,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from sql import FIRST_PAGE, NEXT_PAGE, load
 from tests.support.fixtures import StartService
 from tests.support.postgres import dead_port
-from tests.support.readme import WATCH
+from tests.support.readme import code
 from tests.support.service_process import SECRET, Service, new_user_id
 from tests.support.waiting import wait_until
 
@@ -78,8 +78,9 @@ def attributes(span: Span) -> dict[str, str | int]:
 
 def export_to(port: int) -> dict[str, Any]:
     """Return what starts a service as the README says, but exporting to another port, and sooner."""
-    [launcher] = re.findall(r"^(\S+) python service\.py$", WATCH, re.MULTILINE)
-    settings = dict(re.findall(r"(OTEL_[A-Z_]+)=(\S+)", WATCH))
+    commands = code("pip install opentelemetry")
+    [launcher] = re.findall(r"^(\S+) python service\.py$", commands, re.MULTILINE)
+    settings = dict(re.findall(r"(OTEL_[A-Z_]+)=(\S+)", commands))
     here = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "50"}
     return {"launcher": launcher} | settings | here
 

@@ -29,10 +29,12 @@ SECRET = "a secret for the tests, of 32 characters or more"
 
 
 def procfile_line(process_type: str) -> str:
+    """Return the command of a process type, without the `exec` that it begins with: callers put more before it."""
     for line in (ROOT / "Procfile").read_text().splitlines():
         name, _, command = line.partition(":")
         if name == process_type:
-            return command.strip()
+            assert command.startswith(" exec ")
+            return command.strip().removeprefix("exec ")
     raise AssertionError(f"the Procfile has no {process_type}")
 
 

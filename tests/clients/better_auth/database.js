@@ -1,5 +1,4 @@
-// What Better Auth stores, in memory.
+// What Better Auth stores, for a first try: it is gone when the server stops.
 import { memoryAdapter } from 'better-auth/adapters/memory'
 
-export const tables = { user: [], session: [], account: [], verification: [], jwks: [] }
-export const database = memoryAdapter(tables)
+export const database = memoryAdapter({ user: [], session: [], account: [], verification: [], jwks: [] })
