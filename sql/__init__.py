@@ -14,13 +14,10 @@ from weakref import WeakValueDictionary
 
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
-from sql.database import TIMEOUT, Connection, Unavailable, apply_schema_when_possible, reason, traced
+from sql.database import NAMES, TIMEOUT, Connection, Unavailable, apply_schema_when_possible, reason, traced
 
 Task = Record | None
 Versions = list[int] | None  # as all timestamps here, in microseconds since 2000
-
-# The columns of a task, with which each row begins, in the order in which clients see them.
-NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
 
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
@@ -97,7 +94,8 @@ class Queries:
         self.senders: set[asyncio.Task[None]] = set()
         self.half = pool.get_max_size() // 2  # of the connections; the other half is always for senders
         self.alone = asyncio.Semaphore(max(1, self.half))
-        self.task_locks: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
+        # For each task that is changed, and for each user of whom calls have met a lock in the database.
+        self.turns: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
 
     async def apply_schema(self) -> None:
         """Apply the schema, however long the database takes to appear."""
@@ -120,14 +118,14 @@ class Queries:
 
     async def create_task(self, user_id: str, key: str | None, request_hash: str | None, values: list[Any]) -> Task:
         """Return a new task, or the one that the key has made; None where it came with another request then."""
-        for _ in range(3):
+        for _ in range(3):  # as the task of the key may be deleted in between
             if task := await self._send_one(CREATE_TASK, user_id, key, request_hash, *values):
                 return task
             if key is None:
                 raise Refused  # by a trigger
             if task := await self._send_one(GET_TASK_BY_KEY, user_id, key, request_hash):
-                return task
-        return None
+                return task if task["same_request"] else None
+        raise Unavailable("the task of the key is made and deleted all the time")
 
     # A change applies to these versions of a task (its updated_at) or to any. None means no such task or version.
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:
@@ -144,10 +142,10 @@ class Queries:
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Task:
         # A process makes one change of a task at a time: others would only hold connections. A change that had to wait
         # is sent alone, since the reason may be a lock, which would hold up a batch.
-        busy = (user_id, task_id) in self.task_locks
-        lock = self.task_locks.setdefault((user_id, task_id), asyncio.Lock())
+        busy = (user_id, task_id) in self.turns
+        turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
         try:
-            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), lock:
+            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), turn:
                 return await self._send_one(statement, user_id, task_id, *parameters, alone=busy)
         except TimeoutError as error:
             raise classified(error) from None
@@ -160,6 +158,7 @@ class Queries:
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
         deadline, pause, resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
+        turn: Any = nullcontext()
         with self.span(statement):
             while True:
                 call = Call(user_id, parameters, self.loop.create_future(), deadline)
@@ -167,7 +166,7 @@ class Queries:
                     if alone:
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
-                            async with self.alone:
+                            async with turn, self.alone:
                                 await self._send_calls(statement, [call])
                     elif statement in self.waiting:
                         self.waiting[statement].append(call)
@@ -183,6 +182,8 @@ class Queries:
                     resend = resend and not lost
                     pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
                     alone = True
+                    if not_yet:  # one at a time for each user, so that those who wait for locks hold up nobody else
+                        turn = self.turns.setdefault((user_id, None), asyncio.Lock())
 
     def _start_sender(self, statement: str, calls: list[Call]) -> None:
         self.waiting[statement] = calls  # to which others are appended

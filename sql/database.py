@@ -6,7 +6,8 @@ import inspect
 import logging
 import re
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -16,6 +17,27 @@ from asyncpg import Pool, Record
 from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
 
 log = logging.getLogger("service")
+
+# The columns of a task, with which each row begins, in the order in which clients see them.
+NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
+EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
+
+
+def to_tasks(rows: Iterable[Record]) -> list[dict[str, Any]]:
+    """Return tasks as clients see them, from their rows, whose timestamps are in microseconds since EPOCH."""
+    return [
+        {
+            "id": id,
+            "user_id": user_id,
+            "title": title,
+            "description": description,
+            "completed": completed,
+            "created_at": EPOCH + MICROSECOND * created_at,
+            "updated_at": EPOCH + MICROSECOND * updated_at,
+        }
+        for id, user_id, title, description, completed, created_at, updated_at, *_ in rows
+    ]
+
 
 TIMEOUT = 8.0  # seconds that a call may take, second tries included
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
@@ -37,8 +59,8 @@ def reason(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *text.splitlines()[:1]])
 
 
-def read_url(url: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments of `create_pool` from a URL as providers write it, and the keys that were left out of it.
+def read_url(url: str) -> dict[str, Any]:
+    """Return the arguments of `create_pool` from a URL as providers write it; log which of its keys are left out.
 
     Raise ValueError, with a text that holds no password.
     """
@@ -71,7 +93,9 @@ def read_url(url: str) -> tuple[dict[str, Any], list[str]]:
     # A pooler that gives every transaction another server connection cannot keep prepared statements.
     if 6543 in ports or any(sign in url for sign in ("pgbouncer=true", "statement_cache_size=0")):  # Supabase's port
         arguments["statement_cache_size"] = 0
-    return arguments, sorted(unknown - OUR_KEYS)
+    if unknown - OUR_KEYS:
+        log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(sorted(unknown - OUR_KEYS)))
+    return arguments
 
 
 def create_pool(**arguments: Any) -> Pool:
