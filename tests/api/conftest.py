@@ -14,15 +14,20 @@ from tests.support.service_process import Client, Service, new_user_id
 
 @pytest.fixture(scope="module")
 def configured(new_database: Callable[[], str]) -> Iterator[Service]:
-    """A service with two origins of its own, on a database that raises what no one expects at the title `bug`."""
+    """A service with two origins of its own, on a database that raises what no one expects at the title `bug`.
+
+    At the title `outage` it raises what a database does that is starting.
+    """
     service = Service(new_database(), CORS_ORIGINS=f"{APP}, {OTHER_APP}")
     service.wait_until_ready()
     service.sql("""
         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            RAISE EXCEPTION 'a bug' USING ERRCODE = 'internal_error';
+            RAISE EXCEPTION 'the secret of the database'
+                USING ERRCODE = CASE NEW.title WHEN 'bug' THEN 'internal_error' ELSE 'cannot_connect_now' END;
         END $$;
-        CREATE TRIGGER fail BEFORE INSERT ON task FOR EACH ROW WHEN (NEW.title = 'bug') EXECUTE FUNCTION fail();
+        CREATE TRIGGER fail BEFORE INSERT OR UPDATE ON task
+            FOR EACH ROW WHEN (NEW.title IN ('bug', 'outage')) EXECUTE FUNCTION fail();
         """)
     yield service
     service.remove()

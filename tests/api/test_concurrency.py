@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from sql import NAMES
+from sql.database import NAMES
 from tests.support.fixtures import StartService
 from tests.support.service_process import Service, new_user_id, token
 

@@ -1,11 +1,10 @@
-"""Errors: 401, 404, 405 and 500 to the letter, and which of several errors is told."""
+"""Errors: 401, 404, 405, 422 and 500 to the letter, and which of several errors is told."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -15,63 +14,40 @@ from tests.support.copies import copy_program
 from tests.support.errors import (
     BLANK,
     LIMIT,
+    NOT_AUTHENTICATED,
     NOT_DECLARED_AS_JSON,
     NOT_JSON,
+    TASK_NOT_FOUND,
     TOO_LARGE,
     assert_error,
     assert_invalid,
     padded,
 )
 from tests.support.service_process import ROOT, Client, Service, new_user_id, token
-from tests.support.wire import exchange
+from tests.support.wire import RawAnswer, ask, bearer
 
 NO_TASK = "/api/tasks/4611686018427387904"
 
-# --- 401: no token, or none that is good -----------------------------------------------------------------------------
+# --- 401: no token, or none that is good; tests/auth has all that can be wrong with one ------------------------------
 
 EXPIRED = token("somebody", exp=int(time.time()) - 3600)
-FORGED = token("somebody", secret="another secret that is also of 32 characters or more")
 
 
+@pytest.mark.parametrize("path", ["/api/tasks", "/api/tasks/1", "/api/tasks/x", "/api/nothing", "/api"])
 @pytest.mark.parametrize(
-    "authorization",
+    ("headers", "detail", "challenge"),
     [
-        None,
-        "",
-        "Bearer",
-        "Bearer ",
-        "bearer",
-        "Basic YWxpY2U6c2VjcmV0",
-        f"Token {token()}",
-        token(),
-        f"Bearer{token()}",
+        ({}, "Not authenticated", "Bearer"),
+        ({"Authorization": f"Bearer {EXPIRED}"}, "Token has expired", 'Bearer error="invalid_token"'),
+        ({"Authorization": "Bearer nonsense"}, "Invalid token", 'Bearer error="invalid_token"'),
     ],
-    ids=["none", "empty", "scheme", "blank", "lower", "Basic", "Token", "no scheme", "no space"],
+    ids=["none", "expired", "wrong"],
 )
-def test_who_sends_no_token_is_not_authenticated(service: Service, authorization: str | None) -> None:
-    headers = {} if authorization is None else {"Authorization": authorization}
-    for path in ("/api/tasks", "/api/tasks/1", "/api/nothing"):
-        status, answered, body = exchange(service, "GET", path, headers)
-        assert (status, json.loads(body)) == (401, {"detail": "Not authenticated"})
-        assert (answered["www-authenticate"], answered["content-type"]) == ("Bearer", "application/json")
-
-
-@pytest.mark.parametrize(
-    ("authorization", "detail"),
-    [
-        pytest.param(f"Bearer {EXPIRED}", "Token has expired", id="expired"),
-        pytest.param(f"bearer {EXPIRED}", "Token has expired", id="expired, lower case"),
-        pytest.param(f"Bearer {FORGED}", "Invalid token", id="another secret"),
-        pytest.param(f"Bearer {token()}x", "Invalid token", id="another signature"),
-        pytest.param(f"Bearer {token()} {token()}", "Invalid token", id="two tokens"),
-        pytest.param("Bearer nonsense", "Invalid token", id="nonsense"),
-        pytest.param("Bearer a.b.c", "Invalid token", id="three dots of nonsense"),
-        pytest.param("Bearer \xff\xc3\xa9", "Invalid token", id="no ASCII"),
-    ],
-)
-def test_a_token_that_is_not_good_is_refused(nobody: Client, authorization: str, detail: str) -> None:
-    response = nobody.get("/api/tasks", headers={b"Authorization": authorization.encode("latin-1")})
-    assert_error(response, 401, detail, WWW_Authenticate='Bearer error="invalid_token"')
+def test_whoever_has_no_good_token_is_told_so_and_nothing_of_the_path(
+    nobody: Client, path: str, headers: dict[str, str], detail: str, challenge: str
+) -> None:
+    assert_error(nobody.get(path, headers=headers), 401, detail, WWW_Authenticate=challenge)
+    assert_error(nobody.patch(path, headers=headers), 401, detail, WWW_Authenticate=challenge)
 
 
 def test_two_authorization_headers_are_refused(service: Service, alice: Client, bob: Client, untouched: str) -> None:
@@ -85,40 +61,38 @@ def test_two_authorization_headers_are_refused(service: Service, alice: Client, 
             assert_error(response, 401, "Invalid token", WWW_Authenticate='Bearer error="invalid_token"')
 
 
-@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR", "Bearer  "])
-def test_the_scheme_is_read_in_any_case(service: Service, alice: Client, scheme: str) -> None:
+def test_there_may_be_more_than_one_space_before_a_token(service: Service, alice: Client) -> None:
     task = alice.create()
-    headers = {"Authorization": f"{scheme} {token(alice.user_id)}"}
-    with service.client(headers=headers) as client:
+    with service.client(headers={"Authorization": f"Bearer  {token(alice.user_id)}"}) as client:
         assert client.tasks() == [task]
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
-@pytest.mark.parametrize("action", ["", "/complete", "/nothing", "/"])
-def test_nothing_is_done_or_told_without_a_token(nobody: Client, untouched: str, method: str, action: str) -> None:
-    for headers in ({}, {"Authorization": f"Bearer {FORGED}"}):
-        response = nobody.request(method, untouched + action, headers=headers)
-        assert response.status_code == 401
-        assert "allow" not in response.headers
-    for body in ({"title": "mine now"}, {"title": ""}):
-        assert nobody.request(method, untouched + action, json=body).status_code == 401
+# --- 404 and 422: ids and statuses -----------------------------------------------------------------------------------
+
+ONE_TASK = [("GET", ""), ("HEAD", ""), ("PUT", ""), ("DELETE", ""), ("PATCH", "/complete")]
 
 
-# --- 404: no such task, no such path ---------------------------------------------------------------------------------
+def ask_for_id(service: Service, client: Client, task_id: str) -> dict[str, RawAnswer]:
+    """Send each request that names a task, with exactly these bytes as its id; return the answers by the methods."""
+    headers = [bearer(client), "Content-Type: application/json", "Content-Length: 2"]
+    return {
+        method: ask(service, f"{method} /api/tasks/{task_id}{action}", *headers, content=b"{}")
+        for method, action in ONE_TASK
+    }
 
 
 @pytest.mark.parametrize(
     "task_id",
-    ["0", "00", "-1", "-0", "-7", str(2**62), str(2**63 - 1), str(2**63), str(-(2**63)), str(-(2**63) - 1),
-     str(2**64 + 1), "9" * 20, "9" * 5000, "-" + "9" * 5000],
+    ["0", "0" * 5000, "-0", "-1", "-" + "9" * 18, str(-(2**63)), str(2**63 - 1), str(2**63), str(2**64 + 1), "9" * 5000,
+     "-" + "9" * 60_000],
     ids=lambda task_id: task_id[:22],
 )  # fmt: skip
-def test_an_integer_that_names_no_task_is_not_found(alice: Client, untouched: str, task_id: str) -> None:
-    path = f"/api/tasks/{task_id}"
-    assert_error(alice.get(path), 404, "Task not found")
-    assert_error(alice.put(path, json={"title": "new"}), 404, "Task not found")
-    assert_error(alice.patch(f"{path}/complete"), 404, "Task not found")
-    assert_error(alice.delete(path), 404, "Task not found")
+def test_an_integer_that_names_no_task_is_not_found(
+    service: Service, alice: Client, untouched: str, task_id: str
+) -> None:
+    for method, answer in ask_for_id(service, alice, task_id).items():
+        assert answer.status == 404, method
+        assert method == "HEAD" or answer.json() == TASK_NOT_FOUND, method
 
 
 def test_an_id_beyond_the_largest_is_not_taken_for_a_small_one(alice: Client, untouched: str) -> None:
@@ -127,99 +101,114 @@ def test_an_id_beyond_the_largest_is_not_taken_for_a_small_one(alice: Client, un
         assert_error(alice.delete(f"/api/tasks/{other}"), 404, "Task not found")
 
 
-UNKNOWN_PATHS = [
-    "/nothing", "/healthz", "/health/live", "/healthy", "/Health", "/index.html", "/favicon.ico", "/task", "/tasks",
-    "/api", "/api/", "/api/nothing", "/api/task", "/api/Tasks", "/API/tasks", "/api/tasks/1/2", "/api/tasks/1/nothing",
-    "/api/tasks/complete/x", "/api/tasks/1/complete/x", "/api/tasks//", "/api//tasks", "//api/tasks",
-    "/api/tasks/1//complete", "/api%2ftasks%2f%2f", "/docs/nothing", "/docs/x/y", "/docs/swagger_bundle.js/x",
-    "/docs/..%2fservice.py", "/docs/%2e%2e%2fservice.py", "/docs/..%2f..%2fpyproject.toml", "/service.py", "/.env",
-    "/sql/schema.sql", "/.postgres/secret", "/openapi.yaml", "/openapi", "/redoc;x=1", "/%00", "/%ff", "/health%20",
-    "/api/tasks%20", "/health%0A", "/openapi.json%0A", "/docs%0A", "/%0A", "/api/tasks%0A", "/api/tasks/1/complete%0A",
+NO_INTEGERS = [
+    "abc", "1.0", "1_0", "+1", "%201", "1%20", "%EF%BC%91%EF%BC%92", "%C2%B2", "%E2%88%921", "1e3", "--1", "-", "%00",
+    "1%00", "1%0A", "%0A1", "%FF", "1'%20OR%20'1'='1", "complete", "a" * 60_000,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["GET", "PATCH"])
-@pytest.mark.parametrize("path", UNKNOWN_PATHS)
-def test_an_unknown_path_is_not_found(service: Service, alice: Client, method: str, path: str) -> None:
-    """With exactly these bytes as the path: an HTTP client would put some of them in order first."""
-    status, headers, body = exchange(service, method, path, {"Authorization": alice.headers["Authorization"]})
-    assert (status, json.loads(body)) == (404, {"detail": "Not Found"})
-    assert headers["content-type"] == "application/json"
+@pytest.mark.parametrize("task_id", NO_INTEGERS, ids=lambda task_id: task_id[:20])
+def test_an_id_must_be_a_decimal_integer(service: Service, alice: Client, untouched: str, task_id: str) -> None:
+    message = "must be a decimal integer"
+    errors = [{"field": "task_id", "message": message}]
+    for method, answer in ask_for_id(service, alice, task_id).items():
+        assert answer.status == 422, method
+        assert method == "HEAD" or answer.json() == {"detail": f"task_id {message}", "errors": errors}, method
 
 
-def test_an_unknown_path_is_not_found_without_a_token_where_none_is_needed(nobody: Client) -> None:
-    assert_error(nobody.get("/nothing"), 404, "Not Found")
-    assert_error(nobody.post("/docs/nothing/else"), 404, "Not Found")
+@pytest.mark.parametrize(
+    "status",
+    ["done", "ALL", "true", "all,pending", "all%20", "%20all", "all%00", "completed%0A", "%ff", "'%20OR%20'1'='1",
+     "x" * 60_000],
+    ids=lambda status: status[:20],
+)  # fmt: skip
+def test_an_unknown_status_is_refused(alice: Client, untouched: str, status: str) -> None:
+    error = ("status", "must be one of all, pending, completed")
+    assert_invalid(alice.get(f"/api/tasks?status={status}"), error)
+    assert alice.get(f"{untouched}?status={status}").status_code == 200  # one task has no such parameter
+
+
+# --- 404: no such path -----------------------------------------------------------------------------------------------
+
+UNDER_API = [
+    "/api", "/api/", "/api/nothing", "/api/task", "/api/Tasks", "/api/tasks//", "/api//tasks", "/api/tasks/../tasks",
+    "/api/tasks%20", "/api/tasks%00", "/api/tasks%0A", "/api%2ftasks%2f%2f", "{}/nothing", "{}/Complete", "{}/2",
+    "{}%2F2", "{}/complete/x", "{}//complete", "{}/complete//", "{}/complete%0A",
+]  # fmt: skip
+BESIDE_API = [
+    "/nothing", "/tasks", "/apitasks", "/API/tasks", "//api/tasks", "/./api/tasks", "/x/../api/tasks", "/%2fapi/tasks",
+    "/%252fapi/tasks", "/\\api\\tasks", "*", "/Health", "/health/live", "/health%20", "/health%0A", "/%0A", "/%00",
+    "/%ff", "/docs/nothing", "/docs/..%2fservice.py", "/docs/%2e%2e/%2e%2e/etc/passwd", "/docs/__init__.py",
+    "/docs/swagger_bundle.js/x", "/service.py", "/sql/schema.sql", "/.env", "/.postgres/secret", "/redoc;x=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", UNDER_API)
+def test_an_unknown_path_under_api_is_not_found_with_a_token(
+    service: Service, alice: Client, untouched: str, path: str
+) -> None:
+    """With exactly these bytes as the path, {} for that of a task: an HTTP client would put some in order first."""
+    line = path.replace("{}", untouched)
+    for method in ("GET", "PATCH"):
+        answer = ask(service, f"{method} {line}", bearer(alice))
+        assert (answer.status, answer.json()) == (404, {"detail": "Not Found"}), method
+        assert answer.headers["content-type"] == "application/json"
+        answer = ask(service, f"{method} {line}")
+        assert (answer.status, answer.json()) == (401, NOT_AUTHENTICATED), method
+
+
+@pytest.mark.parametrize("path", BESIDE_API)
+def test_another_unknown_path_is_not_found_with_a_token_and_without(service: Service, alice: Client, path: str) -> None:
+    alice.create()
+    for headers in ([], [bearer(alice)]):
+        answer = ask(service, f"GET {path}", *headers)
+        assert (answer.status, answer.json()) == (404, {"detail": "Not Found"})
+        assert answer.headers["content-type"] == "application/json"
 
 
 # --- 405: no such method ---------------------------------------------------------------------------------------------
 
 ALLOW = {
     "/api/tasks": {"GET", "HEAD", "POST"},
+    "/api/tasks/": {"GET", "HEAD", "POST"},
     "/api/tasks/1": {"GET", "HEAD", "PUT", "DELETE"},
     "/api/tasks/x": {"GET", "HEAD", "PUT", "DELETE"},
     "/api/tasks/1/complete": {"PATCH"},
     "/": {"GET", "HEAD"},
     "/health": {"GET", "HEAD"},
-    "/health/ready": {"GET", "HEAD"},
+    "/health/ready/": {"GET", "HEAD"},
     "/docs": {"GET", "HEAD"},
     "/docs/swagger_bundle.js": {"GET", "HEAD"},
     "/redoc": {"GET", "HEAD"},
     "/openapi.json": {"GET", "HEAD"},
 }
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "PURGE"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [(method, path) for path, allowed in ALLOW.items() for method in METHODS if method not in allowed],
-)
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_method_that_a_path_does_not_have_is_refused(alice: Client, method: str, path: str, slash: str) -> None:
-    response = alice.request(method, path if path == "/" else path + slash)
-    allowed = response.headers["allow"]
-    assert set(allowed.split(", ")) == ALLOW[path]
-    if method == "HEAD":
-        assert (response.status_code, response.content) == (405, b"")
-    else:
-        assert_error(response, 405, "Method Not Allowed", Allow=allowed)
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "PURGE", "QUERY"}
 
 
 @pytest.mark.parametrize("path", ALLOW)
-def test_every_allowed_method_is_there(alice: Client, path: str) -> None:
-    for method in sorted(ALLOW[path]):
-        assert alice.request(method, path).status_code not in (405, 500)
+def test_a_method_that_a_path_does_not_have_is_refused(alice: Client, path: str) -> None:
+    for method in sorted(METHODS - ALLOW[path]):
+        response = alice.request(method, path)
+        allowed = response.headers.get("allow", "")
+        assert set(allowed.split(", ")) == ALLOW[path], method
+        if method == "HEAD":
+            assert (response.status_code, response.content) == (405, b"")
+        else:
+            assert_error(response, 405, "Method Not Allowed", Allow=allowed)
 
 
 # --- 500: a bug ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def faulty(new_database: Callable[[], str]) -> Iterator[Service]:
-    """A service on a database in which every write of a task with the title `bug` raises what no one expects."""
-    service = Service(new_database())
-    service.wait_until_ready()
-    service.sql("""
-        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
-        BEGIN
-            RAISE EXCEPTION 'the secret of the database' USING ERRCODE = 'internal_error';
-        END $$;
-        CREATE TRIGGER fail BEFORE INSERT OR UPDATE ON task
-            FOR EACH ROW WHEN (NEW.title = 'bug') EXECUTE FUNCTION fail();
-        """)
-    yield service
-    service.remove()
-
-
-def test_a_bug_is_logged_with_its_traceback_and_answered_without(faulty: Service) -> None:
-    with faulty.client(new_user_id()) as client:
+def test_a_bug_is_logged_with_its_traceback_and_answered_without(configured: Service) -> None:
+    with configured.client(new_user_id()) as client:
         response = client.post("/api/tasks", json={"title": "bug"}, headers={"X-Request-ID": "bug-1"})
         assert_error(response, 500, "Internal Server Error")
         assert response.headers["x-request-id"] == "bug-1"
-        assert "id=bug-1" in faulty.log_line("bug-1")
+        assert "id=bug-1" in configured.log_line("bug-1")
         client.get("/api/tasks", headers={"X-Request-ID": "after"})
-        faulty.log_line("after")  # what comes before it is there by now
-    after_bug = faulty.log.partition("id=bug-1")[2]
+        configured.log_line("after")  # what comes before it is there by now
+    after_bug = configured.log.partition("id=bug-1")[2]
     assert after_bug.partition("\n")[2].startswith("Traceback (most recent call last):\n")
     assert "the secret of the database" in after_bug
 
@@ -301,8 +290,8 @@ ROUTES += [Route("/breaks-off", BreaksOff())]
         service.remove()
 
 
-def test_a_bug_changes_nothing_and_harms_no_other_request(faulty: Service) -> None:
-    with faulty.client(new_user_id()) as client, faulty.client(new_user_id()) as other:
+def test_a_bug_changes_nothing_and_harms_no_other_request(configured: Service) -> None:
+    with configured.client(new_user_id()) as client, configured.client(new_user_id()) as other:
         task, before = client.create(), other.create()
         path = f"/api/tasks/{task['id']}"
         for _ in range(20):  # more than there are connections
@@ -312,15 +301,15 @@ def test_a_bug_changes_nothing_and_harms_no_other_request(faulty: Service) -> No
         assert other.tasks() == [before]
 
 
-def test_a_bug_is_answered_on_reads_too(faulty: Service) -> None:
-    faulty.sql("ALTER TABLE task RENAME COLUMN description TO details")
+def test_a_bug_is_answered_on_reads_too(configured: Service) -> None:
+    configured.sql("ALTER TABLE task RENAME COLUMN description TO details")
     try:
-        with faulty.client(new_user_id()) as client:
+        with configured.client(new_user_id()) as client:
             assert_error(client.get("/api/tasks"), 500, "Internal Server Error")
             head = client.head("/api/tasks")
             assert (head.status_code, head.content) == (500, b"")
     finally:
-        faulty.sql("ALTER TABLE task RENAME COLUMN details TO description")
+        configured.sql("ALTER TABLE task RENAME COLUMN details TO description")
 
 
 # --- Which of several errors is told ---------------------------------------------------------------------------------
@@ -343,24 +332,18 @@ HUGE, TEXT, HALF, WRONG, FINE = padded(LIMIT + 1), {"Content-Type": "text/plain"
         ("POST", "/api/tasks", HALF, TEXT, 415),
         ("PUT", "/api/tasks/x", HALF, TEXT, 415),
         ("DELETE", "/api/tasks/x", HALF, TEXT, 415),
-        ("DELETE", NO_TASK, FINE, TEXT, 415),
         ("PATCH", "/api/tasks/x/complete", HALF, TEXT, 415),
-        ("PUT", NO_TASK, WRONG, TEXT, 415),
+        ("DELETE", NO_TASK, FINE, TEXT, 415),
         ("POST", "/api/tasks", HALF, {}, 400),
-        ("PUT", "/api/tasks/x", HALF, {}, 400),
         ("PUT", "/api/tasks/x", b"", {}, 400),
         ("PATCH", "/api/tasks/x/complete", HALF, {}, 400),
-        ("PUT", NO_TASK, HALF, {}, 400),
         ("PUT", "/api/tasks/x", FINE, {}, 422),
-        ("PATCH", "/api/tasks/x/complete", FINE, {}, 422),
         ("PATCH", "/api/tasks/x/complete", b"", {}, 422),
-        ("PATCH", "/api/tasks/x/complete", b"null", {}, 422),
         ("DELETE", "/api/tasks/x", b"", TEXT, 422),
         ("PUT", NO_TASK, WRONG, {}, 422),
         ("PATCH", f"{NO_TASK}/complete", b'{"completed": 1}', {}, 422),
         # and last what only the database knows
         ("PUT", NO_TASK, FINE, {}, 404),
-        ("PATCH", f"{NO_TASK}/complete", FINE, {}, 404),
         ("PATCH", f"{NO_TASK}/complete", b"", TEXT, 404),
         ("PATCH", f"{NO_TASK}/complete", b"null", {}, 404),
         ("DELETE", NO_TASK, FINE, {}, 404),

@@ -145,24 +145,18 @@ def test_changes_in_one_microsecond_have_a_version_each(service: Service, alice:
 SPELLINGS = {
     "a whole second": (
         "2026-01-31T08:15:30+00:00",
-        ["2026-01-31T08:15:30.000000+00:00", "2026-01-31T08:15:30.000+00:00", "2026-01-31T08:15:30.0+00:00",
-         "2026-01-31T08:15:30Z", "2026-01-31T08:15:30+0000", "2026-01-31T08:15:30+00", "2026-01-31T08:15:30-00:00",
-         "2026-01-31T08:15:30+00:00:00", "2026-01-31T08:15:30", "2026-01-31T10:15:30+02:00",
-         "2026-01-31t08:15:30+00:00", "20260131T081530+0000", "2026-W05-6T08:15:30+00:00", "1769847330"],
+        ["2026-01-31T08:15:30.000000+00:00", "2026-01-31T08:15:30Z", "2026-01-31T08:15:30+0000",
+         "2026-01-31T08:15:30-00:00", "2026-01-31T08:15:30", "2026-01-31T10:15:30+02:00", "2026-01-31t08:15:30+00:00",
+         "20260131T081530+0000", "2026-W05-6T08:15:30+00:00", "1769847330"],
     ),
-    "a whole minute": ("2026-01-31T08:15:00+00:00", ["2026-01-31T08:15+00:00", "2026-01-31T08:15:00.000000+00:00"]),
-    "midnight": (
-        "2026-01-31T00:00:00+00:00",
-        ["2026-01-31", "2026-01-31T00:00:00.000000+00:00", "2026-01-30T24:00:00+00:00", "2026-01-31T00+00:00"],
-    ),
+    "midnight": ("2026-01-31T00:00:00+00:00", ["2026-01-31", "2026-01-30T24:00:00+00:00", "2026-01-31T00+00:00"]),
     "a tenth of a second": (
         "2026-01-31T08:15:30.100000+00:00",
         ["2026-01-31T08:15:30.1+00:00", "2026-01-31T08:15:30.100+00:00", "2026-01-31T08:15:30,100000+00:00"],
     ),
     "a microsecond": (
         "2026-01-31T08:15:30.000001+00:00",
-        ["2026-01-31T08:15:30.0000010+00:00", "2026-01-31T08:15:30.0000011+00:00", "2026-01-31T08:15:30.000001Z",
-         "2026-01-31T08:15:30.000001", "2026-01-31T08:15:30.000001-00:00", "2026-01-31T07:15:30.000001-01:00"],
+        ["2026-01-31T08:15:30.0000011+00:00", "2026-01-31T08:15:30.000001Z", "2026-01-31T07:15:30.000001-01:00"],
     ),
 }  # fmt: skip
 
@@ -180,10 +174,10 @@ def test_a_version_is_compared_character_by_character(
     assert response.headers["etag"] == f'"{text}"'
     for other in others:
         response = alice.get(path_of(task), headers={"If-None-Match": f'"{other}"'})
-        assert (response.status_code, response.headers["etag"]) == (200, f'"{text}"')
+        assert (response.status_code, response.headers["etag"]) == (200, f'"{text}"'), other
         for method, action, body, _ in (write.values for write in KINDS_OF_CHANGE):
             response = alice.request(method, path_of(task) + action, json=body, headers={"If-Match": f'"{other}"'})
-            assert (response.status_code, response.json()) == (412, MOVED_ON)
+            assert (response.status_code, response.json()) == (412, MOVED_ON), (other, method)
     assert service.rows(alice) == before
     assert alice.get(path_of(task), headers={"If-None-Match": f'"{text}"'}).status_code == 304
     many = ", ".join(f'"{each}"' for each in [*others, text])
@@ -212,7 +206,11 @@ def test_what_the_client_has_already_is_not_sent_again(alice: Client, said: str)
         assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
 
 
-@pytest.mark.parametrize("said", cases(NAMES_ANOTHER | IS_NO_LIST))
+# The grammar is that of If-Match, whose tests have all of it.
+SOME_ARE_NO_LISTS = {name: IS_NO_LIST[name] for name in ("no quotes", "no comma", "two lines of an asterisk")}
+
+
+@pytest.mark.parametrize("said", cases(NAMES_ANOTHER | SOME_ARE_NO_LISTS))
 def test_what_the_client_does_not_have_is_sent(alice: Client, said: str) -> None:
     """That includes what is no list of tags: it is ignored."""
     task = alice.create()
@@ -229,10 +227,10 @@ def test_if_none_match_tells_a_stranger_nothing(alice: Client, bob: Client, meth
     task = alice.create()
     never = bob.request(method, f"/api/tasks/{NO_TASK}")
     assert (never.status_code, method == "HEAD" or never.json() == TASK_NOT_FOUND) == (404, True)
-    for said in EVERYTHING.values():
+    for name, said in EVERYTHING.items():
         response = bob.request(method, path_of(task), headers=lines("If-None-Match", said, etag_of(task)))
-        assert (response.status_code, response.content) == (404, never.content)
-        assert what_is_stable(response) == what_is_stable(never)
+        assert (response.status_code, response.content) == (404, never.content), name
+        assert what_is_stable(response) == what_is_stable(never), name
 
 
 def test_the_etag_of_somebody_elses_list_is_none_of_ones_own(alice: Client, bob: Client) -> None:
@@ -246,12 +244,23 @@ def test_the_etag_of_somebody_elses_list_is_none_of_ones_own(alice: Client, bob:
     assert (response.status_code, response.json()) == (200, {"items": [his]})
 
 
+@pytest.mark.parametrize(("method", "action", "body", "changes"), KINDS_OF_CHANGE)
+def test_a_write_does_not_heed_if_none_match(
+    alice: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    for said in ("*", '"a"'):
+        task = alice.create()
+        response = alice.request(method, path_of(task) + action, json=body, headers={"If-None-Match": said})
+        assert response.status_code == (204 if changes is None else 200), said
+        assert changes is None or response.json() in alice.tasks(), said
+
+
 def test_a_deleted_task_is_gone_even_if_the_client_has_it(alice: Client) -> None:
     task = alice.create()
     alice.delete(path_of(task))
-    for said in EVERYTHING.values():
+    for name, said in EVERYTHING.items():
         response = alice.get(path_of(task), headers=lines("If-None-Match", said, etag_of(task)))
-        assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
+        assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND), name
 
 
 def test_a_changed_task_is_sent_again(alice: Client) -> None:
@@ -304,9 +313,7 @@ def test_every_change_gives_the_list_another_etag(service: Service, alice: Clien
     assert list_etag(alice) == etags[0]
 
 
-@pytest.mark.parametrize(
-    "assignment", ["title = 'b'", "description = ''", "completed = true", "created_at = '2000-01-01T00:00Z'"]
-)
+@pytest.mark.parametrize("assignment", ["title = 'b'", "created_at = '2000-01-01T00:00Z'"])
 def test_a_change_by_another_program_gives_the_list_another_etag(
     service: Service, alice: Client, assignment: LiteralString
 ) -> None:
@@ -375,7 +382,7 @@ def test_lists_with_one_etag_are_one_list(service: Service, steps: list[tuple[st
                 else:
                     action, body = ("/complete", {}) if step == "PATCH" else ("", {"title": "ab"[number % 2]})
                     response = client.request(step, path_of(task) + action, json=None if step == "DELETE" else body)
-                    assert response.status_code in (200, 204)
+                    assert response.status_code == (204 if step == "DELETE" else 200)
             for client, status in itertools.product((alice, bob), ("all", "completed")):
                 before = list(bodies)
                 response = client.get("/api/tasks", params={"status": status})
@@ -410,7 +417,7 @@ def test_an_unchanged_list_of_two_hundred_tasks_takes_less_than_a_kilobyte(
     assert answer.count(b"\r\n\r\n") == 1
 
 
-@pytest.mark.parametrize("around", [" {}", "{} ", "\t {}\t \t", "   {}   "], ids=ascii)
+@pytest.mark.parametrize("around", ["{}", "\t {}\t \t"], ids=ascii)
 def test_white_space_around_a_header_is_no_part_of_it(service: Service, alice: Client, around: str) -> None:
     """As RFC 9110 has it, section 5.5. HTTP clients for programs take it away themselves."""
     task = assert_created(with_key(alice, "a"))

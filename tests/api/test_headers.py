@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 import struct
-import uuid
 from collections.abc import Callable
 
 import httpx
@@ -19,7 +18,7 @@ from tests.support.service_process import Client, Service
 NEW_ID = r"[A-Za-z0-9._-]{16,128}"
 
 
-@pytest.mark.parametrize("request_id", ["a", "0", "-", "req-1", "A.b_C-9", "..", "x" * 128, str(uuid.UUID(int=7))])
+@pytest.mark.parametrize("request_id", ["a", "..", "A.b_C-9", "x" * 128])
 def test_a_good_request_id_is_kept(service: Service, alice: Client, request_id: str) -> None:
     response = alice.get("/api/tasks", headers={"X-Request-ID": request_id})
     assert response.headers.get_list("x-request-id") == [request_id]
@@ -28,9 +27,8 @@ def test_a_good_request_id_is_kept(service: Service, alice: Client, request_id: 
 
 @pytest.mark.parametrize(
     "request_id",
-    [b"", b"x" * 129, b"x" * 5000, b"a b", b"a\tb", b"a/b", b"a,b", b"a;b", b"a:b", b"a=b", b'"a"', b"{a}", b"a%0Ab",
-     b"<script>", "é".encode(), "é".encode("latin-1"), "\uff11".encode(), b"\xff"],
-)  # fmt: skip
+    [b"", b"x" * 129, b"a b", b"a/b", b'"a"', b"a%0Ab", "é".encode("latin-1"), "\uff11".encode()],
+)
 def test_another_request_id_is_replaced(service: Service, alice: Client, request_id: bytes) -> None:
     response = alice.get("/api/tasks", headers={b"X-Request-ID": request_id})
     [replacement] = response.headers.get_list("x-request-id")
@@ -45,36 +43,21 @@ def test_each_request_without_an_id_gets_a_new_one(service: Service, alice: Clie
     assert all(re.fullmatch(NEW_ID, request_id) and service.log_line(request_id) for request_id in ids)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_answer_has_the_request_id_and_so_has_its_log_line(
-    configured: Service, send: Callable[..., httpx.Response], name: str
-) -> None:
-    given = f"mine-{uuid.uuid4().hex}"
-    assert send(name, X_Request_ID=given).headers.get_list("x-request-id") == [given]
-    assert f" status={name[:3]} " in configured.log_line(given)
-    [made] = send(name).headers.get_list("x-request-id")
-    assert re.fullmatch(NEW_ID, made)
-    assert f" status={name[:3]} " in configured.log_line(made)
-
-
 # --- Standing headers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_answer_is_sniffed_or_names_its_server(send: Callable[..., httpx.Response], name: str) -> None:
-    headers = send(name).headers
+def test_every_answer_has_its_request_id_and_tells_caches_and_browsers_what_they_may_do(
+    send: Callable[..., httpx.Response], name: str
+) -> None:
+    headers = send(name, X_Request_ID="mine").headers
+    assert headers.get_list("x-request-id") == ["mine"]
     assert headers.get_list("x-content-type-options") == ["nosniff"]
     assert headers.keys().isdisjoint({"server", "x-powered-by", "via"})
-
-
-@pytest.mark.parametrize("name", API_READS)
-def test_what_is_read_is_cached_by_the_caller_alone(send: Callable[..., httpx.Response], name: str) -> None:
-    assert send(name).headers.get_list("cache-control") == ["private, no-cache"]
-
-
-@pytest.mark.parametrize("name", API_WRITES_AND_ERRORS)
-def test_writes_and_errors_are_not_stored(send: Callable[..., httpx.Response], name: str) -> None:
-    assert send(name).headers.get_list("cache-control") == ["no-store"]
+    if name in API_READS:
+        assert headers.get_list("cache-control") == ["private, no-cache"]
+    if name in API_WRITES_AND_ERRORS:
+        assert headers.get_list("cache-control") == ["no-store"]
 
 
 SOURCES = {"'none'", "'self'", "data:"}

@@ -27,9 +27,7 @@ NOT_A_KEY = {"detail": "Idempotency-Key must have 1 to 255 visible ASCII charact
 # --- Idempotency-Key -------------------------------------------------------------------------------------------------
 
 KEYS = [
-    "a", "0", "!", "~", "*", "-", "null", "5f0c2b3e-8b1f-4f1e-9d53-0f6f5f0c2b3e", '"5f0c2b3e"', "'", '"', "''", "\\",
-    "\\'", "%", "%%", "%s", "%20", "_", "$1", "$$", "{task}", "{}", "a,b", "a;b", "a=b", "--", "/*",
-    "';DROP/**/TABLE/**/task;--",
+    "a", "~", "5f0c2b3e-8b1f-4f1e-9d53-0f6f5f0c2b3e", '"', "null", "a,b", "';DROP/**/TABLE/**/task;--",
     "!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~", "x" * 255,
 ]  # fmt: skip
 
@@ -47,27 +45,8 @@ def test_one_key_makes_one_task(service: Service, alice: Client, bob: Client, ke
 
 
 def test_keys_that_are_alike_are_not_the_same(alice: Client) -> None:
-    """Another case, a beginning, an end, a pattern, an escape, leading zeros."""
-    keys = [
-        "key",
-        "KEY",
-        "Key",
-        "ke",
-        "ey",
-        "keys",
-        "k%",
-        "_ey",
-        "k*",
-        '"key',
-        'key"',
-        '""key""',
-        "'key'",
-        "%6Bey",
-        "\\key",
-        "1",
-        "01",
-        "+1",
-    ]
+    """Another case, a beginning, a pattern, a quote too many, an escape, leading zeros."""
+    keys = ["key", "KEY", "ke", "k%", "_ey", '"key', 'key"', '""key""', "'key'", "%6Bey", "\\key", "1", "01"]
     tasks = [assert_created(with_key(alice, key)) for key in keys]
     assert alice.tasks() == tasks[::-1]
     for key, task in zip(keys, tasks, strict=True):
@@ -75,9 +54,7 @@ def test_keys_that_are_alike_are_not_the_same(alice: Client) -> None:
     assert alice.tasks() == tasks[::-1]
 
 
-@pytest.mark.parametrize(
-    "key", ["k", "5f0c2b3e-8b1f-4f1e-9d53", "a,b;c", "'", '"', "\\", "x" * 253, "x" * 255], ids=len
-)
+@pytest.mark.parametrize("key", ["k", '"', "x" * 255], ids=lambda key: key[:3])
 @pytest.mark.parametrize("quoted_first", [False, True], ids=["without quotes first", "with quotes first"])
 def test_a_key_is_the_same_in_quotes_and_without(alice: Client, bob: Client, key: str, quoted_first: bool) -> None:
     """As the draft of the IETF writes it, and as everybody does. The longest one has 257 characters then."""
@@ -94,14 +71,12 @@ def test_a_key_is_the_same_in_quotes_and_without(alice: Client, bob: Client, key
 
 @pytest.mark.parametrize(
     "key",
-    [b'""', b'"a b"', b'" "', b'"' + b"x" * 256 + b'"', b'"' + b"x" * 255, b"x" * 255 + b'"', b'"\xe9"',
-     b"", b"x" * 256, b"x" * 5000, b"a b", b"a\tb", b", ,", "é".encode(), "é".encode("latin-1"), b"\x80", b"\xa0",
-     "\uff41".encode(), b"a\xff"],
+    [b"", b'""', b"a b", b'"a b"', b"a\tb", b"x" * 256, b'"' + b"x" * 256 + b'"', b'"' + b"x" * 255, b", ,",
+     "é".encode("latin-1"), b"\x80"],
     ids=lambda key: ascii(key)[:20],
 )  # fmt: skip
-@pytest.mark.parametrize("existing", [False, True], ids=["alone", "beside a task"])
-def test_what_cannot_be_a_key_is_refused(alice: Client, key: bytes, existing: bool) -> None:
-    tasks = [with_key(alice, "a").json()] if existing else []
+def test_what_cannot_be_a_key_is_refused(alice: Client, key: bytes) -> None:
+    tasks = [with_key(alice, "a").json()]
     response = with_key(alice, key)
     assert (response.status_code, response.json()) == (400, NOT_A_KEY)
     assert alice.tasks() == tasks
@@ -129,9 +104,7 @@ def test_what_cannot_be_a_key_is_told_in_its_place(
     assert (response.status_code, response.json()) == (status, answer)
 
 
-@pytest.mark.parametrize(
-    "keys", [("a", "b"), ("a", "a"), ("a", ""), ("", "a"), ("", ""), ("a", "b", "c"), ('"a"', '"a"'), ('"a"', "a")]
-)
+@pytest.mark.parametrize("keys", [("a", "b"), ("a", "a"), ("", "a"), ('"a"', '"a"')])
 def test_several_keys_are_refused(alice: Client, keys: tuple[str, ...]) -> None:
     headers = [("Idempotency-Key", key) for key in keys]
     response = alice.post("/api/tasks", json=BODY, headers=headers)
@@ -150,55 +123,45 @@ def test_without_a_key_each_request_makes_a_task(alice: Client) -> None:
 # Bodies that say the same, each with a first one.
 PLAIN, FULL = b'{"title": "M\xc3\xbcsli"}', b'{"title": "a", "description": "b", "completed": true}'
 SAME = {
-    "no space": (PLAIN, b'{"title":"M\xc3\xbcsli"}'),
     "white space": (PLAIN, b' {\n\t"title" :\r\n "M\xc3\xbcsli" } \n'),
     "escapes": (PLAIN, rb'{"title": "\u004d\u00FCsl\u0069"}'),
     "an escaped name": (PLAIN, b'{"\\u0074itle": "M\xc3\xbcsli"}'),
     "the defaults": (PLAIN, b'{"title": "M\xc3\xbcsli", "description": null, "completed": false}'),
     "a null alone": (PLAIN, b'{"description": null, "title": "M\xc3\xbcsli"}'),
-    "a false alone": (PLAIN, b'{"completed": false, "title": "M\xc3\xbcsli"}'),
     "another order": (FULL, b'{"completed": true, "description": "b", "title": "a"}'),
     "unknown fields": (
         FULL,
         b'{"id": 7, "title": "a", "description": "b", "completed": true, "user_id": "c", "x": [{}]}',
     ),
     "a surrogate pair": ('{"title": "😀"}'.encode(), b'{"title": "\\ud83d\\ude00"}'),
-    "a slash": (b'{"title": "a/b"}', rb'{"title": "a\/b"}'),
 }
 OTHER = {
-    "another title": (PLAIN, b'{"title": "M\xc3\xbcsl"}'),
-    "a title in another case": (PLAIN, b'{"title": "m\xc3\xbcsli"}'),
     "a title with a blank": (PLAIN, b'{"title": "M\xc3\xbcsli "}'),
     "a title of other characters that look the same": (PLAIN, b'{"title": "Mu\\u0308sli"}'),
-    "a description": (PLAIN, b'{"title": "M\xc3\xbcsli", "description": "b"}'),
     "an empty description": (PLAIN, b'{"title": "M\xc3\xbcsli", "description": ""}'),
     "a description that is a word of JSON": (PLAIN, b'{"title": "M\xc3\xbcsli", "description": "null"}'),
     "completed": (PLAIN, b'{"title": "M\xc3\xbcsli", "completed": true}'),
     "not completed": (FULL, b'{"title": "a", "description": "b"}'),
-    "no description": (FULL, b'{"title": "a", "completed": true}'),
     "title and description exchanged": (FULL, b'{"title": "b", "description": "a", "completed": true}'),
     "the two in one": (FULL, b'{"title": "a\\", \\"b", "completed": true}'),
 }
-
-
-def both_ways(pairs: dict[str, tuple[bytes, bytes]]) -> list[Any]:
-    forth = [pytest.param(first, second, id=name) for name, (first, second) in pairs.items()]
-    return forth + [pytest.param(second, first, id=f"{name}, reversed") for name, (first, second) in pairs.items()]
 
 
 def send_with_key(client: Client, key: str, content: bytes, media_type: str = "application/json") -> httpx.Response:
     return client.post("/api/tasks", content=content, headers={"Idempotency-Key": key, "Content-Type": media_type})
 
 
-@pytest.mark.parametrize(("first", "second"), both_ways(SAME))
+@pytest.mark.parametrize(("first", "second"), SAME.values(), ids=SAME)
 def test_the_same_body_in_other_words_is_the_same(alice: Client, first: bytes, second: bytes) -> None:
     task = assert_created(send_with_key(alice, "a", first))
     assert_created(send_with_key(alice, "a", second), task)
     assert_created(send_with_key(alice, "a", first, "application/vnd.api+json; charset=utf-8"), task)
-    assert alice.tasks() == [task]
+    other = assert_created(send_with_key(alice, "b", second))
+    assert_created(send_with_key(alice, "b", first), other)
+    assert alice.tasks() == [other, task]
 
 
-@pytest.mark.parametrize(("first", "second"), both_ways(OTHER))
+@pytest.mark.parametrize(("first", "second"), OTHER.values(), ids=OTHER)
 def test_another_body_with_the_same_key_is_refused(
     service: Service, alice: Client, bob: Client, first: bytes, second: bytes
 ) -> None:
@@ -216,11 +179,7 @@ def test_another_body_with_the_same_key_is_refused(
 @pytest.mark.parametrize(
     ("status", "request_options"),
     [
-        (422, {"json": {}}),
-        (422, {"json": {"title": " "}}),
         (422, {"json": BODY | {"completed": None}}),
-        (422, {"json": [BODY]}),
-        (400, {"content": b""}),
         (400, {"content": json.dumps(BODY)[:-1].encode()}),
         (413, {"content": json.dumps(BODY).encode() + b" " * 65_536}),
         (415, {"content": json.dumps(BODY).encode(), "headers": {"Content-Type": "text/plain"}}),

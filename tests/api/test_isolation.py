@@ -288,9 +288,7 @@ CALLER_BROKEN = {
     "more": {
         "user_id = $1": "user_id >= $1",
         # In the order of the index the caller's own row would come first, and the first one is taken.
-        "user_id = $1\n  AND idempotency_key = $3\n  AND request_hash = $4": (
-            "user_id >= $1 AND idempotency_key = $3 AND request_hash = $4 ORDER BY user_id DESC"
-        ),
+        "user_id = $1\n  AND idempotency_key = $3": "user_id >= $1 AND idempotency_key = $3 ORDER BY user_id DESC",
     },
     "or true": {"user_id = $1": "user_id = $1 OR true"},
     "or true in parentheses": {"user_id = $1": "(user_id = $1 OR true)"},
@@ -336,7 +334,7 @@ ROW_BROKEN = {
     "key less": {"AND idempotency_key = $3": "AND idempotency_key <= $3"},
     "hash dropped": {
         "VALUES ($1, $3, $4,": "VALUES ($1, $3, nullif($4, $4),",
-        "AND request_hash = $4": "AND $4::text IS NOT NULL",
+        "request_hash = $4 AS": "$4::text IS NOT NULL AS",
     },
     "conflict that changes": {
         "DO NOTHING": "DO UPDATE SET title = excluded.title, request_hash = excluded.request_hash"
@@ -376,8 +374,14 @@ def mutants(name: str, ways: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 MUTANTS = {name: mutants(name, CALLER_BROKEN | ROW_BROKEN) for name in STATEMENTS}
-UNBOUND = [(name, way) for name in STATEMENTS for way in mutants(name, CALLER_BROKEN)]
-WAYS = list(dict.fromkeys(way for broken in MUTANTS.values() for way in broken))
+UNBOUND = {name: mutants(name, CALLER_BROKEN) for name in STATEMENTS}
+# The others are only other texts for one of these, which matters to the rule of the query module and to no answer.
+SAME_ROWS = ("itself", "not null", "or true in parentheses")
+WAYS = [
+    way
+    for way in dict.fromkeys(way for broken in MUTANTS.values() for way in broken)
+    if way.rpartition(" ")[0] not in SAME_ROWS
+]
 
 LOOKUPS = {"get_task.sql", "get_task_by_key.sql"}
 """What a change sends that has found no row, and a creation whose key is taken: the checks of those need these too."""
@@ -416,7 +420,7 @@ def copy_with_mutants(folder: Path, statements: dict[str, str], *, rule: bool, c
 
 def test_every_statement_has_a_check_and_several_mutants() -> None:
     assert set(CHECKS) == set(STATEMENTS)
-    assert [name for name in STATEMENTS if len(mutants(name, CALLER_BROKEN)) < 5] == []
+    assert [name for name in STATEMENTS if len(UNBOUND[name]) < 5] == []
     texts = [text for replacements in (CALLER_BROKEN | ROW_BROKEN).values() for text in replacements]
     assert [text for text in texts if not any(text in without_comments(name) for name in STATEMENTS)] == []
 
@@ -429,11 +433,21 @@ def test_every_clause_that_chooses_rows_has_a_mutant(name: str) -> None:
         assert any(clause not in mutant.splitlines() for mutant in MUTANTS[name].values()), clause
 
 
-@pytest.mark.parametrize(("name", "way"), UNBOUND)
-def test_the_query_module_refuses_each_mutant(tmp_path: Path, name: str, way: str) -> None:
-    copy_program(tmp_path, {f"sql/{name}": MUTANTS[name][way]})
-    with pytest.raises(ValueError, match=f"sql/{name}"):
-        import_query_module(tmp_path)
+def accepted(folder: Path, name: str, mutant: str) -> bool:
+    """Return whether the query module accepts a statement in the place of another."""
+    folder.mkdir()
+    copy_program(folder, {f"sql/{name}": mutant})
+    try:
+        import_query_module(folder)
+    except ValueError as error:
+        return f"sql/{name}" not in str(error)
+    return True
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_the_query_module_refuses_each_mutant(tmp_path: Path, name: str) -> None:
+    assert [way for way, mutant in UNBOUND[name].items() if accepted(tmp_path / way, name, mutant)] == []
+    assert accepted(tmp_path / "none", name, without_comments(name))
 
 
 @pytest.mark.parametrize("name", STATEMENTS)

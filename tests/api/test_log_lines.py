@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.support.answers import ALL
+from tests.support.answers import ALL, EACH_STATUS
 from tests.support.postgres import free_port
 from tests.support.service_process import ROOT, SECRET, Client, Service, environment, new_user_id, procfile_line, token
 from tests.support.waiting import wait_until
@@ -42,7 +42,7 @@ def line_of(service: Service, request_id: str) -> dict[str, str]:
     return fields(line)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH_STATUS)
 def test_a_request_has_one_line_in_the_log(configured: Service, send: Callable[..., httpx.Response], name: str) -> None:
     request_id = new_request_id()
     send(name, X_Request_ID=request_id)
@@ -72,8 +72,8 @@ def test_a_line_names_the_caller_once_known(service: Service, alice: Client, nob
 
 @pytest.mark.parametrize(
     "user_id",
-    ["alice bob", "alice\nmethod=GET path=/forged status=200", "a\r\nb", "a\tb", '"', '" status="500',
-     "\\", '\\" x="', "a=b", "a\x1b[31mb", "a\u2028b", "a\x85b", "é\U0001f600", "a\x7fb", "id=x", "-", "x" * 255],
+    ["alice bob", "alice\nmethod=GET path=/forged status=200", '" status="500', '\\" x="', "a=b", "a\x1b[31m\u2028b",
+     "x" * 255],
     ids=lambda user_id: ascii(user_id)[:24],
 )  # fmt: skip
 def test_a_user_id_cannot_forge_a_log_line(service: Service, user_id: str) -> None:
@@ -90,41 +90,43 @@ def test_a_user_id_cannot_forge_a_log_line(service: Service, user_id: str) -> No
         ("/a%20b", "/a b"),
         ("/a%0Amethod=GET%20path=/forged%20status=200", "/a\nmethod=GET path=/forged status=200"),
         ("/a%0D%0Ab", "/a\r\nb"),
-        ("/%22", '/"'),
         ("/%22%20status=%22500", '/" status="500'),
         ("/%5C%22", '/\\"'),
         ("/a=b", "/a=b"),
         ("/%1B%5B31m", "/\x1b[31m"),
-        ("/%E2%80%A8", "/\u2028"),
-        ("/%C2%85", "/\x85"),
-        ("/%00", "/\0"),
-        ("/%C3%A9", "/é"),
+        ("/%E2%80%A8%C2%85", "/\u2028\x85"),
+        ("/%00%7F", "/\0\x7f"),
         ("/%FF", "/\ufffd"),
-        ("/%7F", "/\x7f"),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("prefix", ["", "/api/tasks"])
-def test_a_path_cannot_forge_a_log_line(service: Service, alice: Client, prefix: str, sent: str, logged: str) -> None:
+)
+def test_a_path_cannot_forge_a_log_line(service: Service, alice: Client, sent: str, logged: str) -> None:
     request_id = new_request_id()
-    assert alice.get(prefix + sent, headers={"X-Request-ID": request_id}).status_code in (404, 422)
-    assert line_of(service, request_id)["path"] == prefix + logged
+    assert alice.get(sent, headers={"X-Request-ID": request_id}).status_code == 404
+    assert line_of(service, request_id)["path"] == logged
+    assert "\nmethod=GET path=/forged" not in service.log
+
+
+def test_neither_a_query_nor_a_request_id_can_forge_a_log_line(service: Service, alice: Client) -> None:
+    forged = "method=GET path=/forged status=200 ms=0.1 id=forged"
+    query = f"status=%0A{forged.replace(' ', '%20')}"
+    response = alice.get(f"/api/tasks?{query}", headers={"X-Request-ID": forged})
+    assert response.status_code == 422
+    assert line_of(service, response.headers["x-request-id"])["path"] == "/api/tasks"
+    assert "forged" not in service.log_line(response.headers["x-request-id"])
     assert "\nmethod=GET path=/forged" not in service.log
 
 
 @pytest.mark.parametrize(
     ("sent", "decoded", "length"),
     [("x" * 60_000, "x" * 60_000, 500), ("%00" * 20_000, "\0" * 20_000, 1500),
-     ("%F0%9F%98%80" * 5000, "\U0001f600" * 5000, 2700), ("%FF" * 20_000, "\ufffd" * 20_000, 1500)],
-    ids=["letters", "NUL", "emoji", "no UTF-8"],
+     ("%F0%9F%98%80" * 5000, "\U0001f600" * 5000, 2700)],
+    ids=["letters", "NUL", "emoji"],
 )  # fmt: skip
-@pytest.mark.parametrize("prefix", ["/", "/api/tasks/"])
-def test_a_long_path_makes_no_long_line(
-    service: Service, alice: Client, prefix: str, sent: str, decoded: str, length: int
-) -> None:
+def test_a_long_path_makes_no_long_line(service: Service, alice: Client, sent: str, decoded: str, length: int) -> None:
     """Its first 200 characters are logged, which can be twelve times as much where they have to be escaped."""
     request_id = new_request_id()
-    assert alice.get(prefix + sent, headers={"X-Request-ID": request_id}).status_code in (404, 422)
-    assert line_of(service, request_id)["path"] == (prefix + decoded)[:200]
+    assert alice.get(f"/{sent}", headers={"X-Request-ID": request_id}).status_code == 404
+    assert line_of(service, request_id)["path"] == f"/{decoded}"[:200]
     assert len(service.log_line(request_id)) < length
 
 

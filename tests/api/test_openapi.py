@@ -40,8 +40,6 @@ CONDITIONS = {
     "DELETE": "If-Match",
 }
 ANSWERS = [(operation, status) for operation, statuses in STATUSES.items() for status in sorted(statuses)]
-# A 422 has another answer for each thing that can be wrong.
-ERRORS = [(operation, status) for operation, status in ANSWERS if status >= 400 and status != 422]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +225,7 @@ def test_every_example_is_valid_by_its_own_schema(document: Document) -> None:
             validator(document, value["schema"]).validate(value["example"])
 
 
-@pytest.mark.parametrize("operation", [operation for operation in STATUSES if operation != "GET /openapi.json"])
+@pytest.mark.parametrize("operation", STATUSES)
 def test_every_body_has_an_example_that_is_valid(document: Document, operation: str) -> None:
     """Without one, the documentation pages show "string"."""
     described = operation_of(document, operation)
@@ -240,7 +238,6 @@ def test_every_body_has_an_example_that_is_valid(document: Document, operation: 
 
 # What is valid, at its edges. JSON cannot carry the lone surrogate to the validator, so it is not among these.
 BODIES: list[tuple[Document, bool]] = [
-    ({"title": "a"}, True),
     ({"title": "a" * 200}, True),
     ({"title": "a" * 201}, False),
     ({"title": "😀" * 200}, True),
@@ -250,24 +247,19 @@ BODIES: list[tuple[Document, bool]] = [
     ({"title": "\u3000\u2003\u00a0\u1680\u2028\u2029\u202f\u205f"}, False),
     ({"title": "\u001c\u001d\u001e\u001f\u0085"}, False),  # white space to Unicode and Python, not to ECMAScript's \s
     ({"title": "\ufeff"}, True),  # the other way round
-    ({"title": "\u200b"}, True),
     ({"title": " a\n"}, True),
     ({"title": "a\0b"}, False),
     ({"title": None}, False),
     ({"title": 7}, False),
-    ({"title": ["a"]}, False),
     ({"title": "a", "description": None}, True),
     ({"title": "a", "description": ""}, True),
-    ({"title": "a", "description": " "}, True),
     ({"title": "a", "description": "😀" * 2000}, True),
     ({"title": "a", "description": "😀" * 2001}, False),
     ({"title": "a", "description": "\0"}, False),
     ({"title": "a", "description": 7}, False),
-    ({"title": "a", "completed": True}, True),
     ({"title": "a", "completed": False}, True),
     ({"title": "a", "completed": None}, False),
     ({"title": "a", "completed": 1}, False),
-    ({"title": "a", "completed": "true"}, False),
     ({"title": "a", "id": "x", "user_id": 1, "created_at": None, "priority": {"high": []}}, True),
 ]
 SHOWN = [ascii(body)[:60] for body, _ in BODIES]
@@ -284,11 +276,11 @@ def document_and_service(document: Document, client: Client, operation: str, bod
 
 
 @pytest.mark.parametrize(("body", "valid"), BODIES, ids=SHOWN)
-@pytest.mark.parametrize("operation", ["POST /api/tasks", "PUT /api/tasks/{task_id}"])
 def test_document_and_service_have_the_same_limits(
-    document: Document, alice: Client, operation: str, body: Document, valid: bool
+    document: Document, alice: Client, body: Document, valid: bool
 ) -> None:
-    assert document_and_service(document, alice, operation, body) == (valid, valid)
+    for operation in ("POST /api/tasks", "PUT /api/tasks/{task_id}"):
+        assert document_and_service(document, alice, operation, body) == (valid, valid), operation
 
 
 @pytest.mark.parametrize(
@@ -296,19 +288,15 @@ def test_document_and_service_have_the_same_limits(
     [
         ("POST /api/tasks", {}, False),
         ("POST /api/tasks", {"description": "a"}, False),
-        ("POST /api/tasks", ["a"], False),
         ("POST /api/tasks", None, False),
         ("PUT /api/tasks/{task_id}", {}, True),
-        ("PUT /api/tasks/{task_id}", {"description": "a"}, True),
         ("PUT /api/tasks/{task_id}", [], False),
         ("PUT /api/tasks/{task_id}", None, False),
         ("PATCH /api/tasks/{task_id}/complete", {}, True),
         ("PATCH /api/tasks/{task_id}/complete", {"completed": True}, True),
         ("PATCH /api/tasks/{task_id}/complete", {"completed": None}, False),
-        ("PATCH /api/tasks/{task_id}/complete", {"completed": 0}, False),
         ("PATCH /api/tasks/{task_id}/complete", {"title": 7}, True),
         ("PATCH /api/tasks/{task_id}/complete", None, True),
-        ("PATCH /api/tasks/{task_id}/complete", False, False),
     ],
 )
 def test_document_and_service_require_the_same_fields(
@@ -337,10 +325,9 @@ def test_document_and_service_know_the_same_values_of_status(document: Document,
 
 @pytest.mark.parametrize(
     "key",
-    ["a", "!~", '"a"', '"', '"a', "a,b", "\\", "x" * 255, "x" * 256, f'"{"x" * 255}"', f'"{"x" * 256}"',
-     f'"{"x" * 255}', "", '""', '""a', '""""', '"a b"', "a b", "a\tb", "é"],
+    ["!~", '"a"', '"', '"a', "x" * 255, "x" * 256, f'"{"x" * 255}"', f'"{"x" * 256}"', "", '""', '""a', "a b", "é"],
     ids=ascii,
-)  # fmt: skip
+)
 def test_document_and_service_take_the_same_idempotency_keys(document: Document, alice: Client, key: str) -> None:
     response = alice.post("/api/tasks", json={"title": "a"}, headers={b"Idempotency-Key": key.encode()})
     assert response.status_code in (201, 400)
@@ -393,22 +380,9 @@ def test_each_answer_that_is_documented_is_given_as_documented(
     response = provoke(status, operation, client=client, task_id=alice.create()["id"])
     assert response.status_code == status
     assert_documented(document, operation, response)
-
-
-@pytest.mark.parametrize(("operation", "status"), ERRORS)
-def test_the_example_of_an_error_is_what_is_really_answered(
-    document: Document,
-    alice: Client,
-    nobody: Client,
-    with_a_bug: Client,
-    without_database: Client,
-    operation: str,
-    status: int,
-) -> None:
-    client = {401: nobody, 500: with_a_bug, 503: without_database}.get(status, alice)
-    response = provoke(status, operation, client=client, task_id=alice.create()["id"])
-    answer = resolve(document, operation_of(document, operation)["responses"][str(status)])
-    assert response.json() == example_of(document, answer["content"]["application/json"])
+    if status >= 400 and status != 422:  # which has another answer for each thing that can be wrong
+        answer = resolve(document, operation_of(document, operation)["responses"][str(status)])
+        assert response.json() == example_of(document, answer["content"]["application/json"])
 
 
 def provoke(status: int, operation: str, *, client: Client, task_id: int) -> httpx.Response:

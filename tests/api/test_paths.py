@@ -1,21 +1,20 @@
-"""Paths and methods: zeros, slashes, HEAD, and what is beside the tasks."""
+"""Paths that are there: zeros, slashes, HEAD, and what is beside the tasks."""
 
 from __future__ import annotations
-
-import socket
 
 import pytest
 
 from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import Client, Service, token
-from tests.support.tasks import CHANGES, NO_CHANGE, NO_TASK, what_is_stable
+from tests.support.tasks import NO_TASK, what_is_stable
+from tests.support.wire import all_that_comes
 
 PAGES = ["/", "/health", "/health/ready", "/docs", "/redoc", "/openapi.json"]
 
 # --- Paths -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zeros", ["0", "00", "0" * 30, "0" * 5000], ids=len)
+@pytest.mark.parametrize("zeros", ["0", "0" * 5000], ids=len)
 def test_an_id_may_have_leading_zeros(alice: Client, zeros: str) -> None:
     task, other = alice.create(), alice.create()
     path = f"/api/tasks/{zeros}{task['id']}"
@@ -37,9 +36,21 @@ def test_a_trailing_slash_on_the_list_names_the_list(alice: Client, bob: Client)
     assert alice.head("/api/tasks/").status_code == 200
 
 
-def test_a_trailing_slash_on_a_task_names_the_task(service: Service, alice: Client, bob: Client) -> None:
+def test_a_trailing_slash_on_a_task_names_the_task_for_its_owner_alone(
+    service: Service, alice: Client, bob: Client
+) -> None:
     task, other, his = alice.create(), alice.create(), bob.create()
+    before = service.rows(alice)
     path = f"/api/tasks/{task['id']}"
+    for method, action, body in (
+        ("GET", "", None),
+        ("PUT", "", {}),
+        ("PATCH", "/complete", None),
+        ("DELETE", "", None),
+    ):
+        response = bob.request(method, f"{path}{action}/", json=body)
+        assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND), method
+    assert service.rows(alice) == before
     assert (response := alice.get(f"{path}/")).json() == task, response
     assert alice.put(f"{path}/", json={"title": "new"}).json() == alice.get(path).json()
     assert alice.patch(f"{path}/complete/").json()["completed"] is True
@@ -47,18 +58,7 @@ def test_a_trailing_slash_on_a_task_names_the_task(service: Service, alice: Clie
     assert (alice.tasks(), bob.tasks()) == ([other], [his])
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
-def test_a_trailing_slash_lets_no_stranger_in(
-    service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
-) -> None:
-    task = alice.create()
-    before = service.rows(alice)
-    response = bob.request(method, f"/api/tasks/{task['id']}{action}/", json=body)
-    assert (response.status_code, response.json()) == (404, TASK_NOT_FOUND)
-    assert service.rows(alice) == before
-
-
-@pytest.mark.parametrize("path", PAGES[1:])
+@pytest.mark.parametrize("path", ["/health/ready", "/docs"])
 def test_a_trailing_slash_on_a_page_names_the_page(nobody: Client, path: str) -> None:
     with_slash, without = nobody.get(f"{path}/"), nobody.get(path)
     assert (with_slash.status_code, with_slash.content) == (200, without.content)
@@ -74,21 +74,18 @@ def test_head_has_the_headers_of_get(alice: Client) -> None:
         assert int(head.headers["content-length"]) == len(get.content)
 
 
-@pytest.mark.parametrize("path", [*PAGES, "/docs/swagger_bundle.js", "/api/tasks", "/nothing"])
+@pytest.mark.parametrize("path", ["/", "/health/ready", "/docs", "/docs/swagger_bundle.js", "/api/tasks", "/nothing"])
 def test_head_has_the_headers_of_get_without_a_token(nobody: Client, path: str) -> None:
     head, get = nobody.head(path), nobody.get(path)
     assert (head.status_code, what_is_stable(head)) == (get.status_code, what_is_stable(get))
     assert int(head.headers["content-length"]) == int(get.headers["content-length"]) > 0
 
 
-@pytest.mark.parametrize("path", [*PAGES, "/api/tasks", "/api/tasks/1", "/api/tasks/x", "/nothing"])
+@pytest.mark.parametrize("path", ["/api/tasks", "/api/tasks/x", "/docs", "/nothing"])
 @pytest.mark.parametrize("authorization", [f"Bearer {token()}", "none"], ids=["with a token", "without a token"])
 def test_head_has_no_body(service: Service, path: str, authorization: str) -> None:
     """On the wire: HTTP clients do not look for one."""
-    head = f"HEAD {path} HTTP/1.1\r\nHost: here\r\nAuthorization: {authorization}\r\nConnection: close\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        connection.sendall(head.encode())
-        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    answer = all_that_comes(service, f"HEAD {path}", f"Authorization: {authorization}")
     assert answer.startswith(b"HTTP/1.1 ")
     assert answer.partition(b"\r\n\r\n")[2] == b""
 

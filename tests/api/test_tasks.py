@@ -13,25 +13,26 @@ import pytest
 
 from tests.support.errors import TASK_NOT_FOUND
 from tests.support.service_process import Client, Service
-from tests.support.tasks import CHANGES, NO_CHANGE, NO_TASK, wait_for_waiting_statements, what_is_stable
+from tests.support.tasks import (
+    CHANGES,
+    KINDS_OF_CHANGE,
+    NO_CHANGE,
+    NO_TASK,
+    wait_for_waiting_statements,
+    what_is_stable,
+)
 
 TEXTS = [
     pytest.param(text, id=name)
     for name, text in {
-        "blanks around": "  milk \t",
-        "line breaks around": "\r\nmilk\n",
-        "a no-break space around": "\u00a0milk\u3000",
+        "blanks and line breaks around": "\r\n  \u00a0milk \t\u3000\n",
         "zero-width characters alone": "\u200b\u200d\ufeff",
         "an emoji of seven characters": "👩\u200d👩\u200d👧\u200d👦",
-        "a composed accent": "caf\u00e9",
         "a combining accent": "cafe\u0301",
-        "right to left": "\u202e\u05e9\u05dc\u05d5\u05dd",
         "line separators": "a\u2028b\u2029c\u0085d",
         "control characters": "\x01\x1f\x7f\x1b[31m",
         "quotes and backslashes": r"""it's "a" \u0000 \n \\ task""",
-        "SQL": "'; DROP TABLE task; --",
-        "placeholders": "$1 %s %(a)s {task} {0} :b ?",
-        "HTML": "<script>alert(1)</script>&amp;",
+        "SQL and placeholders": "'; DROP TABLE task; -- $1 %s %(a)s {task} {0} :b ?",
         "words of JSON": "null",
         "non-characters": "\uffff\ufffe\U0010ffff",
     }.items()
@@ -57,7 +58,7 @@ def test_a_new_task_is_returned_with_what_the_server_adds(alice: Client) -> None
 
 
 @pytest.mark.parametrize("completed", [True, False])
-@pytest.mark.parametrize("description", ["Two litres", "", None])
+@pytest.mark.parametrize("description", ["Two litres", None])
 def test_a_task_is_created_with_all_its_fields(alice: Client, description: str | None, completed: bool) -> None:
     fields: dict[str, Any] = {"title": "Buy milk", "description": description, "completed": completed}
     task = alice.create(**fields)
@@ -128,6 +129,8 @@ def test_the_list_has_the_tasks_of_the_caller_alone(alice: Client, bob: Client) 
         ("?status=all", ["done", "pending"]),
         ("?status=", ["done", "pending"]),
         ("?status", ["done", "pending"]),
+        ("?%73tatus=pendin%67", ["pending"]),
+        ("?status=x&status=completed", ["done"]),
         ("?status=pending", ["pending"]),
         ("?status=completed", ["done"]),
     ],
@@ -161,11 +164,6 @@ def test_a_change_moves_no_task_in_the_list(alice: Client) -> None:
     assert [task["id"] for task in alice.tasks()] == [second, first]
 
 
-def test_the_list_is_whole(service: Service, alice: Client) -> None:
-    service.sql("INSERT INTO task (user_id, title) SELECT %s, n::text FROM generate_series(1, 1500) n", alice.user_id)
-    assert {task["title"] for task in alice.tasks()} == {str(n) for n in range(1, 1501)}
-
-
 # --- Changing: what happens to the owner's task, and to no other ----------------------------------------------------
 
 
@@ -181,10 +179,12 @@ def test_a_change_happens_to_one_task_of_its_owner(
     else:
         changed = task | changes | {"updated_at": response.json()["updated_at"]}
         assert (response.status_code, response.json()) == (200, changed)
+        assert (changed["updated_at"] > task["updated_at"]) == (changes != {})
+        assert abs(datetime.fromisoformat(changed["updated_at"]).timestamp() - time.time()) < 60
         assert alice.tasks() == [other, changed]
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
+@pytest.mark.parametrize(("method", "action", "body", "changes"), KINDS_OF_CHANGE)
 def test_a_change_by_a_stranger_finds_no_task_and_changes_none(
     service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
 ) -> None:
@@ -199,20 +199,7 @@ def test_a_change_by_a_stranger_finds_no_task_and_changes_none(
     assert service.rows(alice, bob) == before
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
-def test_a_change_leaves_the_task_of_another_user_with_the_same_id_alone(
-    service: Service, alice: Client, bob: Client, method: str, action: str, body: object, changes: object
-) -> None:
-    task = alice.create(description="Two litres")
-    service.sql("INSERT INTO task (user_id, id, title) VALUES (%s, %s, 'his')", bob.user_id, task["id"])
-    before = service.rows(bob)
-    response = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body)
-    assert response.status_code in (200, 204)
-    assert service.rows(bob) == before
-    assert bob.get(f"/api/tasks/{task['id']}").json()["title"] == "his"
-
-
-@pytest.mark.parametrize(("method", "action", "body", "changes"), [*CHANGES, NO_CHANGE])
+@pytest.mark.parametrize(("method", "action", "body", "changes"), KINDS_OF_CHANGE)
 def test_a_deleted_task_is_gone_for_every_change(
     service: Service, alice: Client, method: str, action: str, body: object, changes: object
 ) -> None:
@@ -223,18 +210,9 @@ def test_a_deleted_task_is_gone_for_every_change(
     assert service.rows(alice) == []
 
 
-@pytest.mark.parametrize(("method", "action", "body", "changes"), [change for change in CHANGES if change.values[3]])
-def test_every_change_moves_updated_at_forward(
-    alice: Client, method: str, action: str, body: object, changes: object
-) -> None:
-    task = alice.create(description="Two litres")
-    changed = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body).json()
-    assert changed["updated_at"] > task["updated_at"]
-    assert changed["created_at"] == task["created_at"]
-    assert abs(datetime.fromisoformat(changed["updated_at"]).timestamp() - time.time()) < 60
-
-
-@pytest.mark.parametrize(("method", "action", "body", "changes"), [change for change in CHANGES if change.values[3]])
+@pytest.mark.parametrize(
+    ("method", "action", "body", "changes"), [change for change in KINDS_OF_CHANGE if change.values[3]]
+)
 def test_a_change_moves_an_updated_at_in_the_future_by_a_microsecond(
     service: Service, alice: Client, method: str, action: str, body: object, changes: object
 ) -> None:
@@ -272,9 +250,8 @@ def test_a_whole_task_can_be_sent_back(alice: Client) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-@pytest.mark.parametrize("before", [True, False])
-def test_a_put_sets_completed(alice: Client, before: bool, wanted: bool) -> None:
-    task, other = alice.create(completed=before), alice.create(completed=before)
+def test_a_put_sets_completed_of_a_completed_task(alice: Client, wanted: bool) -> None:
+    task, other = alice.create(completed=True), alice.create(completed=True)
     response = alice.put(f"/api/tasks/{task['id']}", json={"completed": wanted})
     assert (response.status_code, response.json()["completed"]) == (200, wanted)
     assert alice.tasks() == [other, response.json()]
@@ -284,7 +261,6 @@ def test_a_put_sets_completed(alice: Client, before: bool, wanted: bool) -> None
 
 TOGGLES = [
     pytest.param({}, id="no body"),
-    pytest.param({"content": b""}, id="an empty body"),
     pytest.param({"content": b"", "headers": {"Content-Type": "application/json"}}, id="an empty body as JSON"),
     pytest.param({"json": {}}, id="an empty object"),
     pytest.param({"content": b"null", "headers": {"Content-Type": "application/json"}}, id="null, as axios sends it"),
@@ -346,15 +322,18 @@ def test_texts_are_kept_as_sent(service: Service, alice: Client, text: str) -> N
         assert service.sql("SELECT title, description FROM task WHERE id = %s", task["id"]) == [(text, text)]
 
 
-@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000"])
+@pytest.mark.parametrize("text", ["", " \t\n\u3000"], ids=ascii)
 def test_a_blank_description_is_kept_as_sent(alice: Client, text: str) -> None:
     task = alice.create(description=text)
     assert task["description"] == text
     assert alice.put(f"/api/tasks/{task['id']}", json={"description": text}).json()["description"] == text
 
 
-@pytest.mark.parametrize("character", ["a", "é", "漢", "\U0001d4b3", "\u0301", "\x01"], ids=ascii)
-@pytest.mark.parametrize("ensure_ascii", [True, False], ids=["escaped", "in UTF-8"])
+@pytest.mark.parametrize(
+    ("character", "ensure_ascii"),
+    [("a", False), ("\u0301", False), ("\U0001d4b3", False), ("\U0001d4b3", True), ("\x01", True)],
+    ids=ascii,
+)
 def test_the_longest_texts_are_kept(alice: Client, character: str, ensure_ascii: bool) -> None:
     """In their longest form too, of twelve bytes for a character."""
     fields = {"title": character * 200, "description": character * 2000}
@@ -399,21 +378,29 @@ def test_a_client_cannot_change_what_belongs_to_the_server(
 
 
 @pytest.mark.parametrize(
-    "value", [None, 1, "x", [], {"title": 1}, "\0", "x" * 10_000], ids=lambda value: ascii(value)[:9]
+    "value",
+    ["null", "1e300", "9" * 300, "[" * 50 + "]" * 50, r'{"title": 1, "\u0000": "\ud800"}', f'"{"x" * 5000}"'],
+    ids=lambda value: value[:9],
 )
-def test_unknown_fields_are_ignored_whatever_they_hold(alice: Client, value: object) -> None:
-    body = {"title": "one", "colour": value, "Title": value, "": value, "id": value, "user_id": value}
-    response = alice.post("/api/tasks", json=body)
-    assert (response.status_code, response.json()["title"]) == (201, "one")
-    response = alice.put(f"/api/tasks/{response.json()['id']}", json=body | {"title": "two"})
+def test_unknown_fields_are_ignored_whatever_they_hold(alice: Client, value: str) -> None:
+    names = ("colour", "Title", "", r"\u0000", r"\ud800", "__proto__", "id", "user_id", "created_at", "updated_at")
+    unknown = ", ".join(f'"{name}": {value}' for name in names)
+    response = alice.post("/api/tasks", content=f'{{"title": "one", {unknown}}}')
+    task = response.json()
+    assert (response.status_code, task["title"], task["user_id"]) == (201, "one", alice.user_id)
+    response = alice.put(f"/api/tasks/{task['id']}", content=f'{{{unknown}, "title": "two"}}')
     assert (response.status_code, response.json()["title"]) == (200, "two")
-    response = alice.patch(f"/api/tasks/{response.json()['id']}/complete", json=body | {"title": value})
-    assert (response.status_code, response.json()["title"], response.json()["completed"]) == (200, "two", True)
+    response = alice.patch(f"/api/tasks/{task['id']}/complete", content=f'{{{unknown}, "title": {value}}}')
+    completed = task | {"title": "two", "completed": True, "updated_at": response.json()["updated_at"]}
+    assert (response.status_code, response.json()) == (200, completed)
 
 
 @pytest.mark.parametrize(
-    "query", ["colour=red", "page=2&limit=1", "Status=pending", "user_id=bob&id=1&task_id=1", "%00=%ff", "&&=;"]
-)
+    "query",
+    ["limit=-1&offset=x&user_id=bob&id=1&task_id=1", "Status=pending", "status[]=pending", "?status=pending",
+     "%00=%ff", "&&=;", "a=1&" * 10_000, "&" * 50_000],
+    ids=lambda query: query[:20],
+)  # fmt: skip
 def test_unknown_query_parameters_are_ignored(alice: Client, query: str) -> None:
     task, done = alice.create(), alice.create(completed=True)
     path = f"/api/tasks/{task['id']}"

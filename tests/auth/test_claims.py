@@ -26,29 +26,7 @@ from tests.support.tokens import (
 # --- The subject -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "subject",
-    [
-        7,
-        0,
-        1.5,
-        True,
-        False,
-        None,
-        [],
-        ["alice"],
-        {},
-        {"id": 1},
-        "",
-        "x" * 256,
-        "😀" * 256,
-        "a\0b",
-        "\0",
-        "\ud83d",
-        "a\udfff",
-    ],
-    ids=ascii,
-)
+@pytest.mark.parametrize("subject", [7, None, ["alice"], "", "😀" * 256, "a\0b", "\ud83d"], ids=ascii)
 def test_a_subject_that_cannot_be_a_user_is_refused(http: Client, subject: object) -> None:
     assert_refused(ask_with(http, sign(claims("", sub=subject))))
 
@@ -69,10 +47,9 @@ def test_the_session_cookie_cache_of_better_auth_is_no_token(http: Client) -> No
 
 @pytest.mark.parametrize(
     "subject",
-    ["x", "7", "é" * 254, "x" * 254, "😀" * 254, " ", "a b", "it's \"quoted\"", "a\nb", "\t", "\x7f\x85\u2028", "a=b",
-     "'; DROP TABLE task; --", "%", "$1", "null", "null\\u0000", "{}", "\u202ealice", "\ufeff"],
+    ["7", "😀" * 254, " ", "a\nb", "'; DROP TABLE task; --", "null\\u0000", "\u202ealice"],
     ids=ascii,
-)  # fmt: skip
+)
 def test_any_other_text_of_at_most_255_characters_is_a_user(http: Client, subject: str) -> None:
     for user in (subject, f"{subject}!"):  # the longest have 255 characters with it
         sent = sign(claims(user))
@@ -82,17 +59,7 @@ def test_any_other_text_of_at_most_255_characters_is_a_user(http: Client, subjec
 
 def test_subjects_that_only_look_alike_are_different_users(http: Client) -> None:
     name = new_user()
-    users = [
-        name,
-        name.upper(),
-        f"{name} ",
-        f" {name}",
-        f"{name}\n",
-        f"{name}\u200b",
-        f"{name}é",
-        f"{name}e\u0301",
-        f"{name}%",
-    ]
+    users = [name, name.upper(), f"{name} ", f" {name}", f"{name}\n", f"{name}é", f"{name}e\u0301", f"{name}%"]
     for user in users:
         assert ask_with(http, sign(claims(user))).json() == {"items": []}, ascii(user)
         assert caller(http, sign(claims(user))) == user
@@ -119,14 +86,7 @@ def test_a_subject_writes_no_line_of_its_own_into_the_log(service: Service, http
 # --- The time --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "ago",
-    [
-        *(BEYOND_LEEWAY, 86_400, 10**9, 10**10),
-        pytest.param(time.time(), id="since 1970"),
-        pytest.param(time.time() + 1, id="since before 1970"),
-    ],
-)
+@pytest.mark.parametrize("ago", [BEYOND_LEEWAY, 10**10], ids=["a while ago", "before 1970"])
 def test_a_token_that_has_expired_is_refused_as_such(http: Client, ago: float) -> None:
     assert_refused(ask_with(http, sign(claims(new_user(), exp=int(time.time() - ago)))), "Token has expired")
     assert_refused(ask_with(http, sign(claims(new_user(), exp=time.time() - ago))), "Token has expired")
@@ -144,25 +104,23 @@ def test_a_token_without_an_expiry_is_refused(http: Client) -> None:
 
 @pytest.mark.parametrize(
     "expiry",
-    ['"123"', '"4000000000"', '"4e9"', '"2099-01-01T00:00:00Z"', '""', "true", "false", "null", "[]", "[4000000000]",
-     "{}", "NaN", "Infinity", "-Infinity", "1e400", "-1e400", '"NaN"', "9" * 5000],
+    ['"4000000000"', "true", "null", "[4000000000]", "NaN", "Infinity", "-1e400", "9" * 5000],
     ids=lambda text: text[:30],
-)  # fmt: skip
+)
 def test_an_expiry_that_is_no_finite_number_is_refused(http: Client, expiry: str) -> None:
     assert_refused(ask_with(http, sign(f'{{"sub": "{new_user()}", "exp": {expiry}}}')))
 
 
-@pytest.mark.parametrize("expiry", ["4000000000.75", "4e9", "9223372036854775808", "1e300", f"1{'0' * 30}"])
+@pytest.mark.parametrize("expiry", ["4000000000.75", "9223372036854775808", "1e300"])
 def test_any_finite_number_in_the_future_is_an_expiry(http: Client, expiry: str) -> None:
     user = new_user()
     assert caller(http, sign(f'{{"sub": "{user}", "exp": {expiry}}}')) == user
 
 
-def test_an_expiry_beyond_a_double_is_no_bug(http: Client) -> None:
+def test_an_expiry_beyond_a_double_is_finite_too(http: Client) -> None:
     endless = sign(f'{{"sub": "{new_user()}", "exp": 1{"0" * 400}}}')
     for _ in range(2):  # the second one may come from the cache
-        response = ask_with(http, endless)
-        assert (response.status_code, response.json()) in ((200, {"items": []}), (401, {"detail": "Invalid token"}))
+        assert ask_with(http, endless).json() == {"items": []}
 
 
 def test_the_clocks_may_differ_a_little(http: Client) -> None:
@@ -173,15 +131,12 @@ def test_the_clocks_may_differ_a_little(http: Client) -> None:
 
 
 @pytest.mark.parametrize("claim", ["iat", "nbf"])
-@pytest.mark.parametrize("ahead", [BEYOND_LEEWAY, 86_400, 10**12, 0.5 + BEYOND_LEEWAY])
-def test_a_token_of_the_future_is_refused(http: Client, claim: str, ahead: float) -> None:
-    assert_refused(ask_with(http, sign(claims(new_user(), **{claim: time.time() + ahead}))))
+def test_a_token_of_the_future_is_refused(http: Client, claim: str) -> None:
+    assert_refused(ask_with(http, sign(claims(new_user(), **{claim: time.time() + BEYOND_LEEWAY}))))
 
 
 @pytest.mark.parametrize("claim", ["iat", "nbf"])
-@pytest.mark.parametrize(
-    "value", ['"soon"', '""', "null", "[]", "{}", "NaN", "Infinity", "-Infinity", "1e400", "9" * 5000]
-)
+@pytest.mark.parametrize("value", ['"soon"', "null", "NaN", "Infinity"])
 def test_a_start_that_is_no_finite_number_is_refused(http: Client, claim: str, value: str) -> None:
     assert_refused(ask_with(http, sign(f'{{"sub": "{new_user()}", "exp": 4000000000, "{claim}": {value}}}')))
 
@@ -190,13 +145,13 @@ def test_a_start_that_is_no_finite_number_is_refused(http: Client, claim: str, v
 
 
 @pytest.mark.parametrize("claim", ["aud", "iss"])
-@pytest.mark.parametrize("value", ["https://anybody.example.com", "", None, 7, True, [], ["a", "b"], {"a": 1}])
-def test_where_none_is_configured_any_audience_and_issuer_is_fine(http: Client, claim: str, value: object) -> None:
+def test_where_none_is_configured_any_audience_and_issuer_is_fine(http: Client, claim: str) -> None:
     user = new_user()
-    assert caller(http, sign(claims(user, **{claim: value}))) == user
+    for value in ("https://anybody.example.com", "", None, 7, ["a", "b"], {"a": 1}):
+        assert caller(http, sign(claims(user, **{claim: value}))) == user
 
 
-@pytest.mark.parametrize("audience", [AUDIENCE, [AUDIENCE], ["x", AUDIENCE]])
+@pytest.mark.parametrize("audience", [AUDIENCE, ["x", AUDIENCE]])
 def test_a_token_for_the_configured_audience_is_accepted(strict_http: Client, audience: object) -> None:
     user = new_user()
     assert caller(strict_http, sign_strictly(user, aud=audience)) == user
@@ -206,20 +161,8 @@ def test_a_token_for_the_configured_audience_is_accepted(strict_http: Client, au
 def test_a_token_for_another_audience_or_by_another_issuer_is_refused(strict_http: Client, claim: str) -> None:
     right = AUDIENCE if claim == "aud" else ISSUER
     other = ISSUER if claim == "aud" else AUDIENCE
-    wrong: list[Any] = [
-        other,
-        f"{right}/",
-        right[:-1],
-        f"{right}.evil.example",
-        right.upper(),
-        f" {right}",
-        "",
-        "*",
-        None,
-        7,
-        True,
-    ]
-    for value in [*wrong, [], [other], [right[:-1]], {right: 1}, {}, list(right)]:
+    wrong: list[Any] = [other, f"{right}/", right[:-1], f"{right}.evil.example", right.upper(), "", "*", None, 7]
+    for value in [*wrong, [], [other], [right[:-1]], {right: 1}, list(right)]:
         assert_refused(ask_with(strict_http, sign_strictly(new_user(), **{claim: value})))
 
 

@@ -77,13 +77,6 @@ def test_no_token_can_be_made_without_a_secret() -> None:
     assert re.fullmatch(r"BETTER_AUTH_SECRET [^\n]+\n", stopped.stderr)
 
 
-@pytest.mark.parametrize(("name", "value"), [("HTTPS_PROXY", "garbage://proxy"), ("SSL_CERT_FILE", "/nowhere/ca.pem")])
-def test_an_environment_in_which_no_request_can_be_made_is_told_in_one_sentence(name: str, value: str) -> None:
-    stopped = run_with_settings(PYTHON, **{"BETTER_AUTH_URL": AUTH_ORIGIN, name: value})
-    assert stopped.returncode != 0
-    assert re.fullmatch(r"HTTP requests cannot be made in this environment: [^\n]+\.\n", stopped.stderr)
-
-
 def test_the_query_of_a_url_is_not_logged(database: str, start_service: StartService) -> None:
     url = f"http://127.0.0.1:{dead_port()}/jwks"
     service = start_service(database, BETTER_AUTH_SECRET="", JWKS_URL=f"{url}?key=hunterswordfish")

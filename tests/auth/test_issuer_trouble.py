@@ -8,6 +8,7 @@ import itertools
 import re
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 
@@ -17,6 +18,7 @@ import pytest
 from tests.support.issuer import (
     BY_DEFAULT,
     ENCRYPTION,
+    HASTY,
     HEALING,
     KEY,
     KEYS,
@@ -42,11 +44,8 @@ from tests.support.waiting import wait_until
 
 NO_KEYS = {"detail": "The keys to verify tokens with are not available right now, try again soon"}
 
-PAUSE = 2.1
-"""Seconds after which a service that has asked the issuer for an unknown key asks again for another one."""
-
-PROMPT = 1.5
-"""Seconds that an answer may take which waits for nothing, on a machine that does other things too."""
+PAUSE = 0.7
+"""Seconds between two fetches, for the test that counts them."""
 
 # --- An issuer -------------------------------------------------------------------------------------------------------
 
@@ -103,97 +102,84 @@ def redirect(status: int) -> Responder:
     return answer
 
 
-MOODS: dict[str, dict[str, Responder | None]] = {
-    "usual": {
-        "down": None,
-        "an error": page(FORGED, 500),
-        "a redirect": redirect(302),
-        "50 megabytes": page(PADDED),
-        "nothing": page(b""),
-    },
-    "slow": {
-        "hangs": hang,
-        "drips": drip(b""),
-        "drips headers": drip(b"HTTP/1.1 200 OK\r\nX: "),
-        "drips keys": drip(b"HTTP/1.1 200 OK\r\n\r\n" + FORGED),
-    },
-    "another status": {
-        "not found": page(FORGED, 404),
-        "not allowed": page(FORGED, 401),
-        "no content": page(b"", 204),
-        "not modified": page(b"", 304),
-        "moved": redirect(301),
-        "moved for now": redirect(307),
-        "moved for good": redirect(308),
-    },
-    "no answer": {
-        "hangs up": raw(b""),
-        "no HTTP": raw(b"SSH-2.0-OpenSSH_9.6\r\n" + FORGED),
-        "ends too early": page(FORGED, Content_Length="9999"),
-        "50 megabytes in a few": lambda request: page(gzip.compress(PADDED), Content_Encoding="gzip")(request),
-    },
-    "no keys": {
-        "no key": page(key_set()),
-        "no key of use": page(key_set(*UNKNOWN_KINDS, OCT, ENCRYPTION)),
-        "something else": page(b'{"message": "Not found"}'),
-        "null as keys": page(b'{"keys": null}'),
-        "a number as keys": page(b'{"keys": 7}'),
-        "an object as keys": page(b'{"keys": {"kid": {}}}'),
-    },
-    "no object": {
-        "HTML": page(b"<!doctype html><title>Sign in</title>", Content_Type="text/html"),
-        "a list": page(b"[]"),
-        "null": page(b"null"),
-        "a number": page(b"7"),
-        "a string": page(b'"keys"'),
-        "nested too deep": page(b'{"keys":' * 8000),
-        "too many digits": page(b'{"keys": [' + b"7" * 6000 + b"]}"),
-        "another encoding": page(b"\xff\xfe" + b"\xd8\x00" * 9),
-    },
+# What an issuer may be like, other than right.
+MOODS: dict[str, Responder | None] = {
+    "down": None,
+    "an error": page(FORGED, 500),
+    "not found": page(FORGED, 404),
+    "no content": page(b"", 204),
+    "moved": redirect(302),
+    "moved for good": redirect(308),
+    "hangs": hang,
+    "drips headers": drip(b"HTTP/1.1 200 OK\r\nX: "),
+    "drips keys": drip(b"HTTP/1.1 200 OK\r\n\r\n" + FORGED),
+    "hangs up": raw(b""),
+    "no HTTP": raw(b"SSH-2.0-OpenSSH_9.6\r\n" + FORGED),
+    "ends too early": page(FORGED, Content_Length="9999"),
+    "nothing": page(b""),
+    "50 megabytes": page(PADDED),
+    "50 megabytes in a few": page(gzip.compress(PADDED, 1), Content_Encoding="gzip"),
+    "no key": page(key_set()),
+    "no key of use": page(key_set(*UNKNOWN_KINDS, OCT, ENCRYPTION)),
+    "something else": page(b'{"message": "Not found"}'),
+    "null as keys": page(b'{"keys": null}'),
+    "an object as keys": page(b'{"keys": {"kid": {}}}'),
+    "HTML": page(b"<!doctype html><title>Sign in</title>", Content_Type="text/html"),
+    "a list": page(b"[]"),
+    "nested too deep": page(b'{"keys":' * 8000),
+    "too many digits": page(b'{"keys": [' + b"7" * 6000 + b"]}"),
+    "another encoding": page(b"\xff\xfe" + b"\xd8\x00" * 9),
 }
+IMPATIENT = HASTY | {"service.KEYS_TIMEOUT": 0.4}
 
 
-@pytest.mark.parametrize("moods", ["usual", *(pytest.param(name, marks=pytest.mark.long) for name in [*MOODS][1:])])
+@pytest.fixture(scope="module")
+def pair(database: str) -> Iterator[tuple[Issuer, Service]]:
+    """An issuer, and a service that has its key."""
+    with issuers_and_services(database, page(key_set(KEY)), constants=IMPATIENT) as [(issuer, service)]:
+        yield issuer, service
+
+
+@pytest.mark.parametrize("mood", MOODS)
 def test_an_issuer_that_cannot_be_asked_or_believed_is_an_outage_for_tokens_by_unknown_keys_alone(
-    database: str, moods: str
+    pair: tuple[Issuer, Service], mood: str
 ) -> None:
-    answers = MOODS[moods]
-    with issuers_and_services(database, *answers.values()) as pairs, ThreadPoolExecutor(len(pairs)) as threads:
-        checks = [threads.submit(check_outage, *pair, answers[name]) for pair, name in zip(pairs, answers, strict=True)]
-    errors = []
-    for name, done in zip(answers, checks, strict=True):
-        if isinstance(error := done.exception(), Exception):
-            error.add_note(f"The issuer's mood: {name}")
-            errors.append(error)
-    if errors:
-        raise ExceptionGroup(moods, errors)
-
-
-def check_outage(issuer: Issuer, service: Service, answer: Responder | None) -> None:
+    issuer, service = pair
     known, fresh, last, *forged = (
         key.sign(issuer.claims(new_user())) for key in (KEY, KEY, KEY, STRANGER, STRANGER, STRANGER)
     )
+    issuer.publish(KEY)
     with service.client() as client:
-        # No keys were ever had.
-        for text in (known, forged[0]):
-            assert_no_keys(ask_with(client, text))
-        assert client.get("/health").status_code == 200
-        assert failed_fetches(service) == 1
-
-        issuer.publish(KEY)
-        wait_until(lambda: ask_with(client, known).status_code == 200, HEALING)
         assert_refused(ask_with(client, forged[0]))
-
-        issuer.behave(answer)
-        time.sleep(PAUSE)
+        assert ask_with(client, known).json() == {"items": []}
+        failed = failed_fetches(service)
+        issuer.behave(MOODS[mood])
         assert_no_keys(ask_with(client, forged[1]))
         for text in (known, fresh):
             assert ask_with(client, text).json() == {"items": []}
         assert_no_keys(ask_with(client, forged[2]))
         assert ask_with(client, last).json() == {"items": []}
-        assert failed_fetches(service) == 2
-        assert set(issuer.paths) <= {BY_DEFAULT}
+        assert failed_fetches(service) == failed + 1
+        assert set(issuer.paths) == {BY_DEFAULT}
         assert not any(text.rpartition(".")[2] in service.log for text in (known, fresh, last, *forged))
+
+
+@pytest.mark.parametrize("mood", ["down", "an error", "hangs", "no key of use"])
+def test_where_no_keys_were_ever_had_every_token_by_one_is_an_outage_until_there_are_some(
+    database: str, mood: str
+) -> None:
+    with (
+        issuers_and_services(database, MOODS[mood], constants=IMPATIENT) as [(issuer, service)],
+        service.client() as client,
+    ):
+        known, forged = (key.sign(issuer.claims(new_user())) for key in (KEY, STRANGER))
+        for text in (known, forged):
+            assert_no_keys(ask_with(client, text))
+        assert client.get("/health/ready").status_code == 200
+        assert failed_fetches(service) == 1
+        issuer.publish(KEY)
+        wait_until(lambda: ask_with(client, known).status_code == 200, HEALING)
+        assert_refused(ask_with(client, forged))
 
 
 def test_each_new_reason_is_logged_once_and_no_token_ever(database: str) -> None:
@@ -219,7 +205,9 @@ def test_each_new_reason_is_logged_once_and_no_token_ever(database: str) -> None
 def test_a_flood_of_unknown_keys_neither_reaches_the_issuer_nor_keeps_a_new_key_out(database: str) -> None:
     new, user, sent, enough = KEYS["ES256"], new_user(), itertools.count(), threading.Event()
     with (
-        issuers_and_services(database, page(key_set(KEY)), BETTER_AUTH_SECRET=SECRET) as [(issuer, service)],
+        issuers_and_services(
+            database, page(key_set(KEY)), BETTER_AUTH_SECRET=SECRET, constants={"service.KEYS_PAUSE": PAUSE}
+        ) as [(issuer, service)],
         service.client() as client,
         ThreadPoolExecutor(50) as threads,
         contextlib.ExitStack() as stack,
@@ -235,29 +223,24 @@ def test_a_flood_of_unknown_keys_neither_reaches_the_issuer_nor_keeps_a_new_key_
         floods = [threads.submit(flood) for _ in range(50)]
         wait_until(lambda: len(issuer.paths) == 2, HEALING)
         issuer.publish(KEY, new)
-        asked = time.monotonic()
         for text in (KEY.sign(issuer.claims(user)), token(user)):
             assert ask_with(client, text).json() == {"items": []}
-        assert time.monotonic() - asked < PROMPT, "what needs no new key does not wait"
         assert ask_with(client, new.sign(issuer.claims(user))).json() == {"items": []}
-        assert time.monotonic() - asked < HEALING
         enough.set()
         for done in floods:
             done.result()
-        assert len(issuer.paths) <= (time.monotonic() - started) / 2 + 3  # the first of them was before the flood
+        assert len(issuer.paths) <= (time.monotonic() - started) / PAUSE + 3  # the first of them was before the flood
         assert issuer.most_at_once == 1
 
 
 def test_a_slow_issuer_keeps_those_waiting_who_need_it_but_not_for_long_and_nobody_else(database: str) -> None:
-    with (
-        issuers_and_services(database, page(key_set(KEY)), hang, BETTER_AUTH_SECRET=SECRET) as pairs,
-        ThreadPoolExecutor(len(pairs)) as threads,
-    ):
+    constants = HASTY | {"service.KEYS_TIMEOUT": 1.0}
+    answers = page(key_set(KEY)), hang
+    with issuers_and_services(database, *answers, BETTER_AUTH_SECRET=SECRET, constants=constants) as pairs:
         pairs[0][0].behave(hang)  # the other one has been hanging from the beginning
         others = ([KEY.sign(pairs[0][0].claims("known")), token("known")], [token("known")])
-        checks = [threads.submit(check_slowness, *pair, texts) for pair, texts in zip(pairs, others, strict=True)]
-    for check in checks:
-        check.result()
+        for pair, texts in zip(pairs, others, strict=True):
+            check_slowness(*pair, texts)
 
 
 def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
@@ -266,16 +249,14 @@ def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
             assert_no_keys(ask_with(client, by_an_unknown_key(issuer)))
 
     with service.client() as client, ThreadPoolExecutor(20) as threads:
-        asked = time.monotonic()
         waiting = [threads.submit(wait_for_keys) for _ in range(20)]
-        while not all(answer.done() for answer in waiting):
-            started = time.monotonic()
+        served = 0
+        while not any(answer.done() for answer in waiting):
             assert client.get("/health").status_code == 200
             for text in others:
                 assert ask_with(client, text).status_code == 200
-            assert time.monotonic() - started < PROMPT
-            time.sleep(0.05)
-        assert time.monotonic() - asked < 7  # a pause of 2 seconds, a fetch of 3, and a busy machine
+            served += 1
+        assert served > 5  # who had to wait for the issuer as well would be answered when the others are
         for answer in waiting:
-            answer.result()
+            answer.result(10)
     assert issuer.most_at_once == 1

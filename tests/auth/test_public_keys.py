@@ -17,6 +17,7 @@ from tests.support.issuer import (
     AUTH_ORIGIN,
     BY_DEFAULT,
     ENCRYPTION,
+    HASTY,
     KEY,
     KEYS,
     OCT,
@@ -77,7 +78,8 @@ def http(database: str, issuer: Issuer) -> Iterator[dict[str, Client]]:
         "audience": {"BETTER_AUTH_URL": url, "BETTER_AUTH_SECRET": SECRET, "JWT_AUDIENCE": AUDIENCE},
         "issuer": {"BETTER_AUTH_URL": url, "BETTER_AUTH_SECRET": SECRET, "JWT_ISSUER": ISSUER},
     }
-    with running_services(database, *settings.values()) as services, contextlib.ExitStack() as stack:
+    hasty = [{"constants": HASTY} | each for each in settings.values()]
+    with running_services(database, *hasty) as services, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(service.client()) for service in services]
         yield dict(zip(settings, clients, strict=True))
 
@@ -173,8 +175,8 @@ def test_a_configured_audience_or_issuer_is_required_of_both_kinds_and_replaces_
 # --- Keys and algorithms that do not belong together -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["keys", "keys and secret", "only JWKS_URL"])
-@pytest.mark.parametrize("algorithm", KEYS)
+@pytest.mark.parametrize("name", ["keys", "keys and secret"])
+@pytest.mark.parametrize("algorithm", ["EdDSA", "ES256", "RS256"])  # one of each kind of key
 def test_a_public_key_is_no_secret(http: dict[str, Client], issuer: Issuer, algorithm: str, name: str) -> None:
     key = KEYS[algorithm]
     public = key.private.public_key()
@@ -189,7 +191,7 @@ def test_a_public_key_is_no_secret(http: dict[str, Client], issuer: Issuer, algo
             assert_refused(ask_with(http[name], sign(issuer.claims(new_user()), {"alg": "HS256"} | header, key=secret)))
 
 
-@pytest.mark.parametrize("name", ["keys", "keys and secret", "only JWKS_URL"])
+@pytest.mark.parametrize("name", ["keys", "keys and secret"])
 def test_a_secret_that_the_issuer_publishes_is_not_taken(http: dict[str, Client], issuer: Issuer, name: str) -> None:
     for header in ({"kid": "oct"}, {}):
         assert_refused(
@@ -216,14 +218,14 @@ def test_neither_secret_stands_in_for_a_public_key(http: dict[str, Client], issu
         assert_refused(ask_with(http["keys and two secrets"], sign(issuer.claims(user), header, key=key)))
 
 
-@pytest.mark.parametrize("algorithm", KEYS)
+@pytest.mark.parametrize("algorithm", ["EdDSA", "RS256"])
 def test_a_token_by_a_key_is_refused_where_there_is_only_a_secret(
     nobody: Client, issuer: Issuer, algorithm: str
 ) -> None:
     assert_refused(ask_with(nobody, KEYS[algorithm].sign(issuer.claims(new_user()))))
 
 
-@pytest.mark.parametrize("algorithm", ["none", "None", "NONE", "", None, "EdDSA ", "eddsa", ["EdDSA"], 7])
+@pytest.mark.parametrize("algorithm", ["none", "NONE", None, "eddsa", ["EdDSA"]])
 def test_a_token_of_no_known_algorithm_is_refused(http: dict[str, Client], issuer: Issuer, algorithm: object) -> None:
     header = encode(json.dumps({"alg": algorithm, "kid": KEY.kid}).encode())
     unsigned = f"{header}.{encode(json.dumps(issuer.claims(new_user())).encode())}."
@@ -330,14 +332,14 @@ def test_only_a_token_that_is_right_otherwise_is_told_that_it_has_expired(
     assert_refused(ask_with(http["keys"], STRANGER.sign(issuer.claims(new_user(), exp=1))))
 
 
-@pytest.mark.parametrize("name", ["keys", "keys and secret", "only JWKS_URL"])
+@pytest.mark.parametrize("name", ["keys", "only JWKS_URL"])
 def test_the_session_cache_of_better_auth_is_no_token(http: dict[str, Client], issuer: Issuer, name: str) -> None:
     """It has a subject, and is signed with the same keys; only its audience tells it apart."""
     for audience in (SESSION_CACHE, [SESSION_CACHE], [issuer.url, SESSION_CACHE], [SESSION_CACHE, issuer.url]):
         assert_refused(ask_with(http[name], KEY.sign(issuer.claims(new_user(), aud=audience))))
 
 
-@pytest.mark.parametrize("audience", [SESSION_CACHE, [SESSION_CACHE], ["x", SESSION_CACHE]])
+@pytest.mark.parametrize("audience", [SESSION_CACHE, ["x", SESSION_CACHE]])
 def test_the_session_cache_is_no_token_by_the_secret_either(
     http: dict[str, Client], nobody: Client, audience: object
 ) -> None:

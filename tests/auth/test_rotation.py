@@ -8,8 +8,10 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+import service
 from tests.support.issuer import (
     GENERATE,
+    HASTY,
     KEY,
     KEYS,
     STRANGER,
@@ -35,6 +37,7 @@ from tests.support.tokens import (
     sign,
     sign_strictly,
 )
+from tests.support.waiting import wait_until
 
 # --- While the secret is rotated -------------------------------------------------------------------------------------
 
@@ -50,22 +53,19 @@ def test_a_token_by_the_new_or_the_old_secret_is_accepted(strict_http: Client, s
     ("changes", "detail"),
     [
         ({"exp": 1}, "Token has expired"),
-        ({"exp": None}, "Invalid token"),
         ({"sub": ""}, "Invalid token"),
         ({"aud": ISSUER}, "Invalid token"),
         ({"iss": AUDIENCE}, "Invalid token"),
-        ({"nbf": 4_000_000_000}, "Invalid token"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("secret", [STRICT_SECRET, OLD_SECRET], ids=["new", "old"])
 def test_a_token_by_the_old_secret_is_refused_in_the_same_words(
-    strict_http: Client, secret: str, changes: dict[str, Any], detail: str
+    strict_http: Client, changes: dict[str, Any], detail: str
 ) -> None:
-    assert_refused(ask_with(strict_http, sign_strictly(new_user(), secret=secret, **changes)), detail)
+    assert_refused(ask_with(strict_http, sign_strictly(new_user(), secret=OLD_SECRET, **changes)), detail)
 
 
-@pytest.mark.parametrize(("algorithm", "digest"), [("HS384", "sha384"), ("HS512", "sha512"), ("EdDSA", "sha256")])
+@pytest.mark.parametrize(("algorithm", "digest"), [("HS512", "sha512"), ("EdDSA", "sha256")])
 def test_the_old_secret_is_good_for_no_other_algorithm(strict_http: Client, algorithm: str, digest: str) -> None:
     payload = claims(new_user(), aud=AUDIENCE, iss=ISSUER)
     assert_refused(ask_with(strict_http, sign(payload, {"alg": algorithm}, key=OLD_SECRET.encode(), by=digest)))
@@ -99,6 +99,27 @@ def test_a_key_made_up_by_somebody_keeps_the_next_new_one_out_of_no_request(data
             user = new_user()
             assert caller(client, KEYS[algorithm].sign(issuer.claims(user))) == user
         assert len(issuer.paths) == 5
+
+
+def test_the_keys_are_fetched_every_two_minutes() -> None:
+    assert service.KEYS_REFRESH == 120
+
+
+def test_the_keys_are_fetched_again_and_again_though_nobody_asks_for_one(database: str) -> None:
+    old, new = KEYS["EdDSA"], KEYS["ES256"]
+    constants = HASTY | {"service.KEYS_REFRESH": 0.3}
+    with (
+        issuers_and_services(database, page(key_set(old)), constants=constants) as [(issuer, service)],
+        service.client() as client,
+    ):
+        used = old.sign(issuer.claims(new_user()))
+        assert ask_with(client, used).json() == {"items": []}
+        issuer.publish(new)
+        wait_until(lambda: f"fetched the keys {new.kid}\n" in service.log)
+        assert_refused(ask_with(client, used))
+        issuer.behave(None)
+        wait_until(lambda: failed_fetches(service) == 1)
+        assert ask_with(client, new.sign(issuer.claims(new_user()))).json() == {"items": []}
 
 
 def test_a_retired_key_ends_for_every_token_when_the_keys_are_fetched_again(database: str) -> None:
@@ -152,7 +173,6 @@ def test_a_key_too_short_for_its_algorithm_verifies_nothing(database: str, monke
         assert ask_with(client, KEY.sign(issuer.claims(new_user()))).status_code == 200
 
 
-@pytest.mark.long
 def test_a_key_that_comes_back_under_the_same_id_as_another_one_replaces_it(database: str) -> None:
     theirs = Key("EdDSA", kid=KEY.kid)
     with issuers_and_services(database, page(key_set(KEY))) as [(issuer, service)], service.client() as client:

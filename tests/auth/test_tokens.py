@@ -14,7 +14,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from tests.support.service_process import SECRET, Client, Service, token
 from tests.support.tokens import (
     HS256,
-    OLD_SECRET,
     ask_with,
     assert_refused,
     caller,
@@ -28,16 +27,13 @@ from tests.support.wire import ask
 # --- The header ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
+@pytest.mark.parametrize("scheme", ["bearer", "bEaReR"])
 def test_the_scheme_is_read_in_any_case(http: Client, scheme: str) -> None:
     response = http.get("/api/tasks", headers={"Authorization": f"{scheme} {token(new_user())}"})
     assert (response.status_code, response.json()) == (200, {"items": []})
 
 
-@pytest.mark.parametrize(
-    "header",
-    ["", "Bearer", "Basic YWxpY2U6c2VjcmV0", "Token x.y.z", "Bearerx.y.z", "x.y.z", "Bearer:x"],
-)
+@pytest.mark.parametrize("header", ["", "Bearer", "Basic YWxpY2U6c2VjcmV0", "Bearerx.y.z", "x.y.z"])
 def test_a_header_without_a_bearer_token_is_no_authentication(http: Client, header: str) -> None:
     assert_refused(http.get("/api/tasks", headers={"Authorization": header}), "Not authenticated")
 
@@ -79,23 +75,18 @@ def test_no_endpoint_does_anything_for_a_bad_token(alice: Client, bob: Client, m
 
 
 def test_two_authorization_headers_do_not_mix_two_users(http: Client, alice: Client, bob: Client) -> None:
-    """Which of the two counts, or whether either does, is nobody's to rely on; that it is one of them, is."""
-    task, other = alice.create("mine"), bob.create("theirs")
     headers = [("Authorization", client.headers["authorization"]) for client in (alice, bob)]
-    response = http.get("/api/tasks", headers=headers)
-    assert response.status_code == 401 or response.json()["items"] in ([task], [other])
+    assert_refused(http.get("/api/tasks", headers=headers))
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff\xfe", "é.é.é".encode(), b"a b", b"a, b", b'"a.b.c"', b"\xc0\xae." * 2, b"%00"]
-)
+@pytest.mark.parametrize("content", [b"\xff\xfe", "é.é.é".encode(), b"a b", b"a, b"])
 def test_bytes_that_are_no_token_are_refused(http: Client, content: bytes) -> None:
     assert_refused(ask_with(http, content))
 
 
 def test_a_nul_in_the_header_reaches_nothing(service: Service) -> None:
     answer = ask(service, "GET /api/tasks", f"Authorization: Bearer {token(new_user())}\0")
-    assert answer.status in (400, 401)
+    assert answer.status == 400
 
 
 # --- The form of a token ---------------------------------------------------------------------------------------------
@@ -133,29 +124,14 @@ def test_the_signature_of_one_token_does_not_fit_another(http: Client) -> None:
     assert_refused(ask_with(http, ".".join([*theirs[:2], mine[2]])))
 
 
-@pytest.mark.parametrize(
-    "key",
-    [b"", b"\0" * 32, b"another secret, of 32 characters or more", SECRET.encode()[:-1], OLD_SECRET.encode()],
-)
+@pytest.mark.parametrize("key", [b"", b"another secret, of 32 characters or more", SECRET.encode()[:-1]])
 def test_a_token_by_another_secret_is_refused(http: Client, key: bytes) -> None:
     assert_refused(ask_with(http, sign(claims(new_user()), key=key)))
 
 
 @pytest.mark.parametrize(
     "header",
-    [
-        "",
-        "null",
-        "[]",
-        "7",
-        '"HS256"',
-        "{",
-        "{}",
-        '{"alg": "HS256"',
-        '{"alg": "HS256",}',
-        "[" * 10_000,
-        '{"a":' * 8000,
-    ],
+    ["", "[]", '"HS256"', "{", "{}", "[" * 10_000, '{"a":' * 8000],
     ids=lambda header: repr(header[:20]),
 )
 def test_a_token_whose_header_is_no_object_with_an_algorithm_is_refused(http: Client, header: str) -> None:
@@ -165,36 +141,35 @@ def test_a_token_whose_header_is_no_object_with_an_algorithm_is_refused(http: Cl
 
 @pytest.mark.parametrize(
     "payload",
-    ["", "null", "[]", "7", '"alice"', "{", "{}", "[" * 10_000, '{"a":' * 8000],
+    ["", "[]", '"alice"', "{", "{}", "[" * 10_000],
     ids=lambda payload: repr(payload[:20]),
 )
 def test_a_signed_payload_that_is_no_object_with_claims_is_refused(http: Client, payload: str) -> None:
     assert_refused(ask_with(http, sign(payload)))
 
 
-def test_a_signed_payload_that_is_deep_is_fine_or_refused_but_no_bug(http: Client) -> None:
+def test_a_signed_payload_that_is_deep_is_no_bug(http: Client) -> None:
+    """How deep the claims of its issuer may be that nobody here reads depends on the Python."""
     user = new_user()
     fine = json.dumps(claims(user))[:-1] + ', "a": ' + "[" * 200 + "]" * 200 + "}"
     assert caller(http, sign(fine)) == user
-    assert_refused(ask_with(http, sign(fine.replace("[" * 200, "[" * 5000).replace("]" * 200, "]" * 5000))))
+    response = ask_with(http, sign(fine.replace("[" * 200, "[" * 20_000).replace("]" * 200, "]" * 20_000)))
+    assert response.json() in ({"items": []}, {"detail": "Invalid token"})
 
 
-@pytest.mark.parametrize(
-    "text", ["a" * 60_000, "." * 60_000, "=" * 60_000, "eyJhbGciOiJIUzI1NiJ9." + "a" * 60_000 + ".a"]
-)
+@pytest.mark.parametrize("text", ["." * 60_000, "eyJhbGciOiJIUzI1NiJ9." + "a" * 60_000 + ".a"], ids=["dots", "payload"])
 def test_a_token_of_60_kilobytes_is_refused_like_a_short_one(http: Client, text: str) -> None:
     assert_refused(ask_with(http, text))
 
 
-@pytest.mark.parametrize("text", ["session-token", "k3y.c2lnbmF0dXJl", "a7f3.Zm9vYmFy%2Bw%3D%3D"])
-def test_an_opaque_session_token_is_no_jwt(http: Client, text: str) -> None:
-    assert_refused(ask_with(http, text))
+def test_an_opaque_session_token_is_no_jwt(http: Client) -> None:
+    assert_refused(ask_with(http, "k3y.c2lnbmF0dXJl"))
 
 
 # --- The algorithm ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["none", "None", "NONE", "nOnE", "none ", "", None, True, 0, [], ["none"], {}])
+@pytest.mark.parametrize("algorithm", ["none", "nOnE", "", None, ["none"], {}])
 def test_a_token_of_no_algorithm_is_refused(http: Client, algorithm: object) -> None:
     text = f"{encode(json.dumps({'alg': algorithm}).encode())}.{encode(json.dumps(claims(new_user())).encode())}"
     for signature in ("", ".", f".{encode(b'none')}"):
@@ -203,7 +178,7 @@ def test_a_token_of_no_algorithm_is_refused(http: Client, algorithm: object) -> 
     assert_refused(ask_with(http, sign(claims(new_user()), {"alg": algorithm}, key=b"")))
 
 
-@pytest.mark.parametrize("algorithm", ["hs256", "HS256 ", "HS256\0", "SHA256", ["HS256"], {"HS256": 1}])
+@pytest.mark.parametrize("algorithm", ["hs256", "HS256\0", ["HS256"]])
 def test_an_algorithm_that_is_only_like_hs256_is_refused(http: Client, algorithm: object) -> None:
     assert_refused(ask_with(http, sign(claims(new_user()), {"alg": algorithm})))
 
@@ -234,12 +209,10 @@ def test_an_asymmetric_signature_is_refused_where_there_is_only_a_secret(http: C
 # --- The rest of the header ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kid", ["", "../../../../../../dev/null", "/proc/sys/kernel/ostype", "' OR 1=1 --", "| id", "\0"]
-)
+@pytest.mark.parametrize("kid", ["../../../../../../dev/null", "' OR 1=1 --"])
 def test_the_key_id_leads_to_no_other_key(http: Client, kid: str) -> None:
     user = new_user()
-    for key in (b"", b"Linux\n", b"\n", kid.encode()):
+    for key in (b"", kid.encode()):
         assert_refused(ask_with(http, sign(claims(user), HS256 | {"kid": kid}, key=key)))
     assert caller(http, sign(claims(user), HS256 | {"kid": kid})) == user
 
@@ -253,12 +226,12 @@ def test_a_key_or_an_address_of_one_in_the_header_is_not_looked_at(http: Client)
         user = new_user()
         assert_refused(ask_with(http, sign(claims(user, iss=url), header, key=key)))
         assert caller(http, sign(claims(user, iss=url), header)) == user
-        listener.settimeout(0.3)
-        with pytest.raises(TimeoutError):
+        listener.setblocking(False)  # whoever needed it would have asked before the answers above
+        with pytest.raises(BlockingIOError):
             listener.accept()
 
 
-@pytest.mark.parametrize("critical", [["exp"], ["x"], ["b64", "x"], [], "b64", None, [7], [None], {"b64": 1}])
+@pytest.mark.parametrize("critical", [["x"], ["b64", "x"], [], "b64", None, [7]])
 def test_a_critical_extension_that_nobody_knows_is_refused(http: Client, critical: object) -> None:
     assert_refused(ask_with(http, sign(claims(new_user()), HS256 | {"crit": critical, "x": 1})))
 

@@ -6,6 +6,7 @@ version 1.0, to that of the FastAPI + SQLModel backend, and where nothing is lef
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 import time
@@ -20,10 +21,9 @@ from sql.database import Connection, apply_schema, connect
 from tests.support.postgres import Postgres
 from tests.support.service_process import ROOT
 
-ROWS = 1_000_000
-FILL = f"""
+FILL = """
     INSERT INTO task (user_id, title, completed, created_at, updated_at)
-    SELECT 'user-' || n % 10000, 'task ' || n, n % 2 = 0, now(), now() FROM generate_series(1, {ROWS}) AS n
+    SELECT 'user-' || n % 10000, 'task ' || n, n % 2 = 0, now(), now() FROM generate_series(1, {tasks}) AS n
 """
 WRITE = "UPDATE task SET completed = NOT completed WHERE user_id = 'user-1' AND id = 1"
 
@@ -54,12 +54,12 @@ async def longest_wait(connection: asyncpg.Connection, done: asyncio.Event) -> f
     return longest
 
 
-async def measure(url: str, statements: list[str]) -> tuple[float, float]:
+async def measure(url: str, statements: list[str], tasks: int) -> tuple[float, float]:
     """Return the seconds that the schema takes, and that a write has to wait for it at most."""
     connection, writer = await asyncpg.connect(url), await asyncpg.connect(url)
     await connection.execute("DROP TABLE IF EXISTS task")
     for statement in statements:
-        await connection.execute(statement)
+        await connection.execute(statement.replace("{tasks}", str(tasks)))
     await connection.execute("VACUUM ANALYZE task")
     done = asyncio.Event()
     writing = asyncio.create_task(longest_wait(writer, done))
@@ -76,11 +76,14 @@ async def measure(url: str, statements: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", type=int, default=1_000_000)
+    tasks = parser.parse_args().tasks
     postgres = Postgres()
     try:
-        print(f"{'a table of a million tasks that …':<40}{'applied in, s':>15}{'a write waits, s':>18}")
+        print(f"{f'a table of {tasks:,} tasks that …':<40}{'applied in, s':>15}{'a write waits, s':>18}")
         for name, statements in BEFORE.items():
-            took, waited = asyncio.run(measure(postgres.url(), statements))
+            took, waited = asyncio.run(measure(postgres.url(), statements, tasks))
             print(f"{name:<40}{took:>15.3f}{waited:>18.3f}")
     finally:
         postgres.remove()

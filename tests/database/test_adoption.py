@@ -67,7 +67,7 @@ def test_the_table_becomes_the_new_one(database_url: str, tables: str) -> None:
     assert indexes(database_url) == INDEXES | key | ({INDEX_OF_1_0} if has_keys else set())
 
 
-@on(*OF_1_0)
+@on("1.0", "1.0, adopted, without keys")
 def test_a_table_of_version_1_0_is_not_rewritten(database_url: str, tables: str) -> None:
     execute(database_url, tables + MANY_ROWS)
     values = "id, user_id, title, description, completed, created_at, updated_at, pg_relation_filenode('task')"
@@ -77,7 +77,7 @@ def test_a_table_of_version_1_0_is_not_rewritten(database_url: str, tables: str)
     assert len(before) == 5000
 
 
-@on(*TABLES)
+@on("fresh", "old, nullable", "1.0, adopted", "1.0, without keys")
 def test_adopting_by_hand_even_twice_does_no_harm(database_url: str, tables: str) -> None:
     make(database_url, tables)
     execute(database_url, MANY_ROWS + "UPDATE task SET idempotency_key = id, request_hash = id WHERE id < 99")
@@ -127,7 +127,7 @@ def test_an_adopted_table_takes_the_texts_that_the_contract_allows(
 
 @pytest.mark.parametrize(
     ("nullable", "timezone"),
-    [(False, "UTC"), (True, "UTC"), (False, "Pacific/Auckland"), (True, "America/St_Johns"), (False, "Asia/Kathmandu")],
+    [(True, "UTC"), (False, "Pacific/Auckland"), (True, "America/St_Johns")],
 )
 def test_adoption_keeps_every_row_and_every_instant(database_url: str, nullable: bool, timezone: str) -> None:
     """5000 rows cover every hour of the clock changes of these places in 2024."""
@@ -187,8 +187,8 @@ WITHOUT_LIMITS = VERSION_1_0 + "ALTER TABLE task DROP CONSTRAINT task_created_at
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(old_table(), ""), (old_table(nullable=True), ""), (old_table(), VERSION_1_0), (WITHOUT_LIMITS, "")],
-    ids=["old", "old, nullable", "old, adopted by 1.0", "1.0 without limits"],
+    [(old_table(), ""), (old_table(), VERSION_1_0), (WITHOUT_LIMITS, "")],
+    ids=["old", "old, adopted by 1.0", "1.0 without limits"],
 )
 def test_tasks_at_and_beyond_the_ends_of_time_are_listed_once_and_can_be_changed(
     database_url: str, start_service: StartService, before: str, after: str
@@ -225,23 +225,15 @@ def assert_can_be_changed(owner: Client, task: dict[str, Any]) -> dict[str, Any]
     return changed
 
 
-# Rows that the old backend let in, each of a user of its own, beside a row of bob's that nobody touches.
+# Rows that the old backend let in, each of a user of its own, beside a row of bob's that nobody touches. Times beyond
+# the limits are above.
 BROKEN = {
-    "an empty title": "(101, '{user}', '', 'x', false, '2024-01-01', '2024-01-01')",
     "a blank title": "(102, '{user}', E' \\u3000 ', 'x', false, '2024-01-01', '2024-01-01')",
-    "no title": "(103, '{user}', NULL, 'x', false, '2024-01-01', '2024-01-01')",
-    "no completed": "(104, '{user}', 'x', 'x', NULL, '2024-01-01', '2024-01-01')",
-    "no created_at": "(105, '{user}', 'x', 'x', false, NULL, '2024-01-01')",
-    "no updated_at": "(106, '{user}', 'x', 'x', false, '2024-01-01', NULL)",
     "nothing at all": "(107, '{user}', NULL, NULL, NULL, NULL, NULL)",
     "infinite times": "(108, '{user}', 'x', 'x', false, 'infinity', 'infinity')",
     "times before all": "(109, '{user}', 'x', 'x', false, '-infinity', '-infinity')",
-    "times in a far future": "(110, '{user}', 'x', 'x', false, '20000-01-01', '20000-01-01')",
-    "times before Christ": "(111, '{user}', 'x', 'x', false, '0044-03-15 BC', '0044-03-15 BC')",
-    "the first time": "(112, '{user}', 'x', 'x', false, '0001-01-01', '0001-01-01')",
     "the last time": "(113, '{user}', 'x', 'x', false, '9999-12-31 23:59:59.999999', '9999-12-31 23:59:59.999999')",
     "the id zero": "(0, '{user}', 'x', 'x', false, '2024-01-01', '2024-01-01')",
-    "an id below zero": "(-3, '{user}', 'x', 'x', false, '2024-01-01', '2024-01-01')",
 }
 UNOWNED = "(201, NULL, 'nobody''s', 'x', false, '2024-01-01', '2024-01-01'), (202, '', '', '', false, NULL, NULL)"
 BOBS = "(301, 'bob', 'bob''s', 'x', false, '2024-01-01', '2024-01-01')"
@@ -311,37 +303,27 @@ def test_rows_that_nobody_owns_are_kept(adopted: Service) -> None:
     assert execute(adopted.database_url, "SELECT id FROM task WHERE user_id = '' ORDER BY id") == [(201,), (202,)]
 
 
-@pytest.mark.parametrize(("constraint", "fields"), [case for case in BEYOND_A_LIMIT if "id" not in case[1]])
-def test_a_new_row_beyond_a_limit_is_refused_among_old_ones(
-    adopted: Service, constraint: str, fields: dict[str, Any]
-) -> None:
-    with connect(adopted.database_url) as connection, pytest.raises(psycopg.DatabaseError) as refusal:
-        insert(connection, fields)
-    if isinstance(refusal.value, psycopg.errors.StringDataRightTruncation):  # the old column type says it first
-        assert constraint in ("task_user_id", "task_title", "task_description")
-    else:
-        assert (refusal.value.sqlstate, refusal.value.diag.constraint_name) == ("23514", constraint)
+def test_a_new_row_beyond_a_limit_is_refused_among_old_ones(adopted: Service) -> None:
+    with connect(adopted.database_url) as connection:
+        for constraint, fields in [case for case in BEYOND_A_LIMIT if "id" not in case[1]]:
+            with pytest.raises(psycopg.DatabaseError) as refusal:
+                insert(connection, fields)
+            if isinstance(refusal.value, psycopg.errors.StringDataRightTruncation):  # the old column type says it first
+                assert constraint in ("task_user_id", "task_title", "task_description")
+            else:
+                assert (refusal.value.sqlstate, refusal.value.diag.constraint_name) == ("23514", constraint)
 
 
-@pytest.fixture(scope="module", params=["old", "1.0", "1.0, adopted"])
-def adopted_clean_url(request: pytest.FixtureRequest, new_database: Callable[[], str]) -> str:
-    """A table, without lengths in its column types, of which no row breaks a rule. There is no row 7."""
-    url = new_database()
-    tables = re.sub("VARCHAR[(][0-9]+[)]", "VARCHAR", TABLES[request.param])
-    make(url, tables + MANY_ROWS + "DELETE FROM task WHERE id = 7")
-    return url
-
-
-@pytest.mark.parametrize(("constraint", "fields"), BEYOND_A_LIMIT)
-def test_where_no_old_row_breaks_a_rule_no_new_one_can(
-    adopted_clean_url: str, constraint: str, fields: dict[str, Any]
-) -> None:
-    """Not even with an id below those of the old rows."""
-    with psycopg.connect(adopted_clean_url) as connection:
-        with pytest.raises(psycopg.errors.CheckViolation) as refusal:
-            insert(connection, {"id": 7} | fields)
-        connection.rollback()
-    assert refusal.value.diag.constraint_name == constraint
+@on("old", "1.0", "1.0, adopted")
+def test_where_no_old_row_breaks_a_rule_no_new_one_can(database_url: str, tables: str) -> None:
+    """Not even with an id below those of the old rows. The columns have no lengths in their types."""
+    without_lengths = re.sub("VARCHAR[(][0-9]+[)]", "VARCHAR", tables)
+    make(database_url, without_lengths + MANY_ROWS + "DELETE FROM task WHERE id = 7")
+    with connect(database_url) as connection:
+        for constraint, fields in BEYOND_A_LIMIT:
+            with pytest.raises(psycopg.errors.CheckViolation) as refusal:
+                insert(connection, {"id": 7} | fields)
+            assert refusal.value.diag.constraint_name == constraint
 
 
 def test_ids_go_on_after_the_old_ones(adopted: Service) -> None:
@@ -422,7 +404,7 @@ def test_the_table_may_be_in_any_schema_of_the_search_path(database_url: str, ta
 
 
 @pytest.mark.parametrize("neighbour", [TABLES["fresh"], VERSION_1_0], ids=["2.0", "1.0"])
-@on("old", "1.0", "1.0, without keys")
+@on("old", "1.0")
 def test_a_namesake_in_another_schema_is_left_alone(database_url: str, neighbour: str, tables: str) -> None:
     """Two services may share a database, each with a schema of its own before the public one."""
     execute(database_url, neighbour)
@@ -505,8 +487,11 @@ def test_a_key_of_version_1_0_still_gives_the_task_that_it_made(
             assert client.tasks() == tasks
 
 
-@on("1.0", "1.0, adopted")
-@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
+@pytest.mark.parametrize(
+    ("tables", "restarted"),
+    [(TABLES["1.0"], True), (TABLES["1.0, adopted"], False)],
+    ids=["1.0, restarted", "adopted, running"],
+)
 def test_a_key_makes_one_task_whichever_version_it_is_sent_to(
     database_url: str, start_service: StartService, tables: str, restarted: bool
 ) -> None:
@@ -544,7 +529,7 @@ def test_twenty_requests_with_one_key_make_one_task_through_two_processes(
 
     with ThreadPoolExecutor(20) as threads, ExitStack() as stack:
         clients = [stack.enter_context(service.client("alice")) for service in services for _ in range(10)]
-        for number in range(1, 31):
+        for number in range(1, 16):
             assert len(set(threads.map(send, clients, [f"key-{number}"] * 20))) == 1
             assert len(clients[0].tasks()) == number
 

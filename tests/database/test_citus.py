@@ -69,10 +69,9 @@ def run_pytest(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     return run_command(command, variables, seconds=100)
 
 
-@pytest.mark.parametrize("processes", ["0", "2"])
-def test_the_option_needs_a_url(processes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_option_needs_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEST_CITUS_URL", raising=False)
-    run = run_pytest("--citus", "-n", processes, "tests/api/test_tasks.py")
+    run = run_pytest("--citus", "tests/api/test_tasks.py")
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert run.stderr.strip().endswith(
         "ERROR: --citus needs TEST_CITUS_URL, the URL of a database on the coordinator of a cluster."
@@ -85,7 +84,8 @@ def test_the_option_runs_the_tests_of_the_api_on_distributed_tables(new_database
         connection.execute(STAND_IN.encode())
     tests = [
         "tests/database/test_citus.py::test_the_table_is_distributed_where_that_is_asked_for",
-        "tests/api/test_concurrency.py",
+        "tests/database/test_citus.py::test_every_unique_index_has_the_column_user_id",
+        "tests/api/test_timestamps.py",
         "tests/database/test_query_module.py",
     ]
     run = run_pytest("--citus", *tests, TEST_CITUS_URL=url)

@@ -21,7 +21,7 @@ from tests.support.query_module import STATEMENTS
 from tests.support.service_process import Service
 
 PARTITIONS = {f"task_{number}" for number in range(8)}
-USERS = [f"user-{number}" for number in range(100)]
+USERS = [f"user-{number}" for number in range(40)]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -158,21 +158,15 @@ def homes(connection: Connection) -> dict[str, set[str]]:
     return {user_id: {name} for user_id, name in rows(connection, "SELECT user_id, tableoid::regclass::text FROM task")}
 
 
-@pytest.mark.parametrize("name", STATEMENTS)
-def test_each_statement_touches_the_partition_of_its_caller_alone(partitioned: Connection, name: str) -> None:
+def test_each_statement_touches_the_partition_of_its_caller_alone(partitioned: Connection) -> None:
     expected = homes(partitioned)
     assert set().union(*expected.values()) == PARTITIONS
-    assert {user_id: touched(partitioned, load(name), user_id) for user_id in USERS} == expected
+    for name in STATEMENTS:
+        assert {user_id: touched(partitioned, load(name), user_id) for user_id in USERS} == expected, name
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        *(load(name).replace("user_id = $1", "$1::text <> ''") for name in STATEMENTS if name != "create_task.sql"),
-        "INSERT INTO task (user_id, title) SELECT $1 || number, 'a task' FROM generate_series(1, 100) AS number",
-    ],
-)
-def test_a_statement_that_names_no_user_is_seen_to_touch_all_partitions(
-    partitioned: Connection, statement: str
-) -> None:
-    assert touched(partitioned, statement, USERS[0]) == PARTITIONS
+def test_a_statement_that_names_no_user_is_seen_to_touch_all_partitions(partitioned: Connection) -> None:
+    insert = "INSERT INTO task (user_id, title) SELECT $1 || number, 'a task' FROM generate_series(1, 100) AS number"
+    others = [load(name) for name in STATEMENTS if name != "create_task.sql"]
+    for statement in [insert, *(other.replace("user_id = $1", "$1::text <> ''") for other in others)]:
+        assert touched(partitioned, statement, USERS[0]) == PARTITIONS, statement

@@ -71,11 +71,9 @@ def test_a_head_without_end_is_refused(service: Service, raw: Raw, start: bytes,
     assert sent < 10_000_000  # most of which waits in the buffers of the sockets
     with Raw(service) as connection:
         connection.socket.sendall(start)
-        for _ in range(20):
+        for _ in range(14):  # the last of these is beyond the limit; what came after it would reset the connection
             time.sleep(0.001)
             connection.socket.sendall(more[:5000])
-            if select.select([connection.socket], [], [], 0)[0]:
-                break
         assert connection.answer().status == 431
 
 
@@ -182,11 +180,13 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\n\r\n"], ids=["the first", "the second"])
-@pytest.mark.parametrize(("start", "more"), HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize(
+    ("before", "half"), [*((b"", half) for half in HALVES), (b"GET /health HTTP/1.1\r\n\r\n", "a head")]
+)
 def test_half_a_request_is_not_waited_for_however_often_a_byte_of_it_comes(
-    impatient: Service, alice: Client, before: bytes, start: bytes, more: bytes
+    impatient: Service, alice: Client, before: bytes, half: str
 ) -> None:
+    start, more = HALVES[half]
     with Raw(impatient) as connection:
         if before:
             connection.socket.sendall(before)

@@ -27,11 +27,17 @@ DUE_DATE = """\
      "completed": {"type": "boolean", "examples": [True]},
 +    "due_date": {"type": ["string", "null"], "format": "date", "examples": ["2026-01-31", None]},
  }
---- a/sql/__init__.py
-+++ b/sql/__init__.py
+--- a/sql/database.py
++++ b/sql/database.py
 @@
 -NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
 +NAMES = ("id", "user_id", "title", "description", "completed", "due_date", "created_at", "updated_at")
+@@
+             "completed": completed,
++            "due_date": due_date,
+@@
+-        for id, user_id, title, description, completed, created_at, updated_at, *_ in rows
++        for id, user_id, title, description, completed, due_date, created_at, updated_at, *_ in rows
 --- a/sql/schema.sql
 +++ b/sql/schema.sql
 @@
@@ -62,11 +68,17 @@ PRIORITY = """\
  }
 -DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
 +DEFAULTS = {"completed": False, "priority": 3}  # what a field of a new task is unless it is sent; null for the others
---- a/sql/__init__.py
-+++ b/sql/__init__.py
+--- a/sql/database.py
++++ b/sql/database.py
 @@
 -NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
 +NAMES = ("id", "user_id", "title", "description", "completed", "priority", "created_at", "updated_at")
+@@
+             "completed": completed,
++            "priority": priority,
+@@
+-        for id, user_id, title, description, completed, created_at, updated_at, *_ in rows
++        for id, user_id, title, description, completed, priority, created_at, updated_at, *_ in rows
 --- a/sql/schema.sql
 +++ b/sql/schema.sql
 @@
@@ -162,7 +174,7 @@ def test_the_readme_tells_these_edits() -> None:
     files = re.findall(r"^[0-9]\. `([^`]+)`", section, re.MULTILINE)
     assert files == re.findall("^--- a/(.*)", DUE_DATE, re.MULTILINE)
     told = [code for code in re.findall("`([^`]+)`", section) if "due_date" in code and " " in code]
-    assert len(told) == 3
+    assert len(told) == 4
     for code in told:
         assert code in DUE_DATE
 
@@ -170,9 +182,9 @@ def test_the_readme_tells_these_edits() -> None:
 def test_it_takes_edits_of_five_files() -> None:
     for diff in (DUE_DATE, PRIORITY):
         assert re.findall("^--- a/(.*)", diff, re.MULTILINE) == [
-            "service.py", "sql/__init__.py", "sql/schema.sql", "sql/create_task.sql", "sql/update_task.sql"
+            "service.py", "sql/database.py", "sql/schema.sql", "sql/create_task.sql", "sql/update_task.sql"
         ]  # fmt: skip
-        assert len(re.findall("^@@", diff, re.MULTILINE)) == 5
+        assert len(re.findall("^@@", diff, re.MULTILINE)) == 7  # with those of `to_tasks`
 
 
 # --- A date that may be null -----------------------------------------------------------------------------------------

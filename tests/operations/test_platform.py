@@ -114,7 +114,6 @@ class Slug:
             "PYTHONUNBUFFERED": "1",
             "BETTER_AUTH_SECRET": SECRET,
             "CORS_ORIGINS": APP,
-            "FORWARDED_ALLOW_IPS": "*",
             "WEB_CONCURRENCY": "2",
         }
 

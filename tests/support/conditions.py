@@ -21,75 +21,52 @@ ANOTHER_BODY = {
 # line is one of the header's.
 NAMES_IT = {
     "its tag": "{}",
-    "a list that begins with it": '{}, "a", "b"',
-    "a list that ends with it": '"a","b",{}',
+    "a list": '"a","b",\t{} , "c"',
     "a list with nothing between commas": ',, {}, ,"a",',
-    "a list with tabs": '"a"\t,\t{}',
-    "lines of which it is the first": '{}\n"a"',
     "lines of which it is the last": '"a", "b"\n{}',
-    "it twice": "{}, {}",
-    "it beside a weak tag": 'W/"a", {}',
-    "it beside the empty tag": '"", {}',
-    "it beside a tag with a comma": '"a,b", {}',
-    "it beside a tag with odd characters": '"!#\\\'/~\x80\xe9\xff", {}',
+    "it beside a weak tag and the empty one": 'W/"a", "", {}',
+    "it beside a tag with a comma and odd characters": '"!#\\\'/,~\x80\xe9\xff", {}',
     "it beside a thousand others": ", ".join(f'"{number}"' for number in range(1000)) + ", {}",
 }
 ANY = {"an asterisk": "*"}
-NAMES_IT_WEAKLY = {
-    "the weak tag": "W/{}",
-    "a list with the weak tag": '"a", W/{}',
-    "lines with the weak tag": '"a"\nW/{}\nW/"b"',
-}
+NAMES_IT_WEAKLY = {"the weak tag": "W/{}", "lines with the weak tag": '"a"\nW/{}\nW/"b"'}
 NAMES_ANOTHER = {
+    "another tag": '"a"',
+    "a list of others": '"a", W/"b",\t"c"',
+    "the empty tag": '""',
+    "an asterisk in quotes": '"*"',
+    "more than the tag": '"<>."',
+    "no text but commas": ", ,",
+    "no text": "",
+}
+# Tags that could be a version of a task, or look like one: the service reads them as times.
+NAMES_ANOTHER_VERSION = {
     "a version before": '"2000-01-01T00:00:00.000001+00:00"',
-    "a version to come": '"2100-01-01T00:00:00+00:00"',
-    "the first version that there can be": '"0001-01-01T00:00:00.000001+00:00"',
-    "a version before the first": '"0001-01-01T00:00:00+00:00"',
-    "a version after the last": '"9999-12-31T23:59:59.999999+00:00"',
+    "the last moment of all": '"9999-12-31T23:59:59.999999+00:00"',
     "a version before the first year in UTC": '"0001-01-01T00:00:00+23:59"',
     "a version after the last year in UTC": '"9999-12-31T23:59:59-23:59"',
     "a version of no year": '"10000-01-01T00:00:00+00:00"',
     "no version": '"2026-02-30T00:00:00+00:00"',
     "infinity": '"infinity", "-infinity"',
     "a date": '"2026-01-31"',
-    "null": '"null", "None"',
-    "another tag": '"a"',
-    "a weak tag": 'W/"a"',
-    "a list of others": '"a", W/"b",\t"c"',
-    "lines of others": '"a"\n"b"',
-    "the empty tag": '""',
-    "an asterisk in quotes": '"*"',
-    "a beginning of the tag": '"2"',
-    "more than the tag": '"<>."',
-    "no text but commas": ", ,",
-    "no text": "",
     "SQL": '"\' OR true --"',
 }
 IS_NO_LIST = {
     "no quotes": "<>",
-    "no first quote": '<>"',
     "no last quote": '"<>',
-    "single quotes": "'<>'",
     "a lower-case w": "w/{}",
     "a space after W/": "W/ {}",
-    "W without its slash": "W{}",
     "no comma": '{} "a"',
     "not even a space": "{}{}",
-    "a semicolon": '{}; "a"',
     "a word before it": "a, {}",
-    "a word after it": "{}, a",
     "a space in a tag": '"a b", {}',
     "a quote in a tag": '"a"b", {}',
     "an escaped quote in a tag": r'"a\"b", {}',
     "an asterisk before it": "*, {}",
-    "an asterisk after it": "{}, *",
-    "an asterisk in a line before it": "*\n{}",
     "an asterisk in a line after it": "{}\n*",
-    "an asterisk before a stale one": '*\n"a"',
-    "two asterisks": "*, *",
     "two lines of an asterisk": "*\n*",
 }
-EVERYTHING = NAMES_IT | ANY | NAMES_IT_WEAKLY | NAMES_ANOTHER | IS_NO_LIST
+EVERYTHING = NAMES_IT | ANY | NAMES_IT_WEAKLY | NAMES_ANOTHER | NAMES_ANOTHER_VERSION | IS_NO_LIST
 
 
 def cases(said: dict[str, Any]) -> list[Any]:

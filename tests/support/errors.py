@@ -6,6 +6,7 @@ import httpx
 
 TASK_NOT_FOUND = {"detail": "Task not found"}
 NOT_AUTHENTICATED = {"detail": "Not authenticated"}
+NO_HTTP = {"detail": "The request must be valid HTTP/1.1"}
 LIMIT = 65_536
 
 NOT_JSON = "The body must be valid JSON, encoded as UTF-8"
@@ -15,7 +16,7 @@ TOO_LARGE = f"The body must have at most {LIMIT} bytes"
 
 def assert_error(response: httpx.Response, status: int, detail: str, **headers: str) -> None:
     """Assert that a response is this error to the letter, with these headers beside those of every answer."""
-    assert (response.status_code, response.json()) == (status, {"detail": detail})
+    assert (response.status_code, response.json()) == (status, {"detail": detail}), asked(response)
     assert_headers(response, headers)
 
 
@@ -27,7 +28,7 @@ def assert_invalid(response: httpx.Response, *errors: tuple[str, str]) -> None:
             "detail": "; ".join(f"{field} {message}" for field, message in errors),
             "errors": [{"field": field, "message": message} for field, message in errors],
         },
-    )
+    ), asked(response)
     assert_headers(response, {})
 
 
@@ -41,9 +42,14 @@ def assert_headers(response: httpx.Response, headers: dict[str, str]) -> None:
         "x-content-type-options",
         "x-request-id",
     }
-    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-type"] == "application/json", asked(response)
     extra = {name: value for name, value in response.headers.items() if name not in usual}
-    assert extra == {name.replace("_", "-").lower(): value for name, value in headers.items()}
+    assert extra == {name.replace("_", "-").lower(): value for name, value in headers.items()}, asked(response)
+
+
+def asked(response: httpx.Response) -> str:
+    """Return what a response answers, for tests that send several requests."""
+    return f"{response.request.method} {response.request.url.raw_path[:100]!r}"
 
 
 def padded(length: int) -> bytes:

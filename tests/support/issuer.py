@@ -25,6 +25,9 @@ AUTH_ORIGIN = "https://auth.example.com"
 
 BY_DEFAULT = "/api/auth/jwks"
 
+HASTY: dict[str, object] = {"service.KEYS_PAUSE": 0.03}
+"""Constants of a service that fetches keys almost as soon as it needs them, for tests of anything else."""
+
 HEALING = 5
 """Seconds in which a new key is accepted, whatever the issuer was like before, or anybody sends."""
 
@@ -170,7 +173,10 @@ UNKNOWN_KINDS: list[object] = [
 
 @contextlib.contextmanager
 def running_services(database: str, *settings: dict[str, Any]) -> Iterator[list[Service]]:
-    """Services, all started at once, without a secret unless given one. In the end no log of theirs tells of a bug."""
+    """Services, all started at once, without a secret unless given one. In the end no log of theirs tells of a bug.
+
+    The settings are what `Service` takes.
+    """
     services = [Service(database, wait=False, **{"BETTER_AUTH_SECRET": ""} | variables) for variables in settings]
     try:
         for service in services:
@@ -188,14 +194,14 @@ def running_services(database: str, *settings: dict[str, Any]) -> Iterator[list[
 
 @contextlib.contextmanager
 def issuers_and_services(
-    database: str, *answers: Responder | None, **variables: str
+    database: str, *answers: Responder | None, **options: Any
 ) -> Iterator[list[tuple[Issuer, Service]]]:
     """Issuers of the test's own, which give these answers from the beginning, each with a service that knows of it."""
     with contextlib.ExitStack() as stack:
         issuers = [stack.enter_context(contextlib.closing(Issuer())) for _ in answers]
         for issuer, answer in zip(issuers, answers, strict=True):
             issuer.behave(answer)
-        settings = [{"BETTER_AUTH_URL": issuer.url} | variables for issuer in issuers]
+        settings = [{"BETTER_AUTH_URL": issuer.url, "constants": HASTY} | options for issuer in issuers]
         services = stack.enter_context(running_services(database, *settings))
         yield list(zip(issuers, services, strict=True))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import httpx
@@ -30,9 +29,13 @@ def what_is_stable(response: httpx.Response) -> dict[str, str]:
 # a description. None deletes it.
 CHANGES: list[Any] = [
     *(
-        pytest.param("PUT", "", dict(fields), dict(fields), id=f"PUT {'+'.join(name for name, _ in fields)}")
-        for count in (1, 2, 3)
-        for fields in itertools.combinations({"title": "new", "description": "new", "completed": True}.items(), count)
+        pytest.param("PUT", "", fields, fields, id=f"PUT {name}")
+        for name, fields in {
+            "title": {"title": "new"},
+            "description": {"description": "new"},
+            "completed": {"completed": True},
+            "all fields": {"title": "new", "description": "new", "completed": True},
+        }.items()
     ),
     pytest.param("PUT", "", {"description": None}, {"description": None}, id="PUT null description"),
     pytest.param("PUT", "", {"description": ""}, {"description": ""}, id="PUT empty description"),

@@ -35,6 +35,9 @@ from tests.support.waiting import wait_until
 
 # --- At start
 
+AT_ONCE = {"service.STARTUP_TIMEOUT": 0.1}
+"""Constants of a service that serves before it has a database, as all do, but without waiting for one."""
+
 
 @pytest.mark.fault
 def test_a_service_that_is_there_before_its_server_heals_by_itself(
@@ -42,7 +45,7 @@ def test_a_service_that_is_there_before_its_server_heals_by_itself(
 ) -> None:
     url = create_database(postgres)
     postgres.stop()
-    service = start(url, ready=False)
+    service = start(url, ready=False, constants=AT_ONCE)
     with service.client("alice") as alice, service.client() as nobody:
         assert_all_unavailable(service, alice, "the schema has not been applied yet")
         assert_only_the_database_is_missed(alice, nobody)
@@ -57,10 +60,9 @@ def test_a_service_that_is_there_before_its_server_heals_by_itself(
     )
 
 
-@pytest.mark.long
 def test_a_service_that_is_there_before_its_database_heals_by_itself(postgres: Postgres, start: StartService) -> None:
     name = f"tasks_{uuid.uuid4().hex[:12]}"
-    service = start(url_as("postgres", postgres.url(name)), ready=False)
+    service = start(url_as("postgres", postgres.url(name)), ready=False, constants=AT_ONCE)
     with service.client("alice") as alice:
         assert_all_unavailable(service, alice, "the schema has not been applied yet")
         reason = f'waiting for the database: InvalidCatalogNameError: database "{name}" does not exist'
@@ -81,15 +83,15 @@ def test_a_service_can_start_on_a_read_only_database(
         assert_unavailable(again.post("/api/tasks", json={"title": "x"}))
 
 
-@pytest.mark.long
 def test_a_service_can_start_on_a_server_that_does_not_answer(start: StartService) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        service = start(url_as("postgres", f"postgresql://127.0.0.1:{silent.getsockname()[1]}/tasks"), ready=False)
+        url = url_as("postgres", f"postgresql://127.0.0.1:{silent.getsockname()[1]}/tasks?connect_timeout=1")
+        service = start(url, ready=False, constants=AT_ONCE)
         with service.client("alice") as alice, service.client() as nobody:
             assert_all_unavailable(service, alice, "the schema has not been applied yet")
             assert_only_the_database_is_missed(alice, nobody)
             timed_out = "waiting for the database: TimeoutError: .+"
-            wait_until(lambda: re.search(timed_out, service.log))  # after ten seconds, of which a start waits three
+            wait_until(lambda: re.search(timed_out, service.log))
             assert len(re.findall(timed_out, service.log)) == 1
 
 
@@ -217,6 +219,24 @@ def test_sessions_that_the_server_ends_for_idleness_are_not_noticed(
 def wait_until_alone(service: Service) -> None:
     wait_until(lambda: execute(service.database_url, f"SELECT count(*) {OTHERS}") == [(0,)])
     let_notice(service)
+
+
+# --- A database that hangs
+
+
+def test_a_readiness_check_is_answered_in_time_while_the_database_hangs(
+    postgres: Postgres, service: Service, alice: Client
+) -> None:
+    task = alice.create()
+    with ThreadPoolExecutor(4) as executor, postgres.suspended():
+        started = time.monotonic()
+        checks = [executor.submit(alice.get, "/health/ready") for _ in range(4)]
+        assert alice.get("/health").status_code == 200
+        assert time.monotonic() - started < 2
+        for check in checks:
+            assert_unavailable(check.result())
+        assert time.monotonic() - started < 4
+    assert_healed(service, alice, [task])
 
 
 # --- Idle connections that are lost without a word

@@ -168,7 +168,7 @@ def test_writes_go_on_once_the_database_is_writable_again(
 def test_a_database_of_another_encoding_is_a_503_and_told_in_the_log(postgres: Postgres, start: StartService) -> None:
     """A title could hold what it cannot store."""
     url = create_database(postgres, "ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
-    service = start(url, ready=False)
+    service = start(url, ready=False, constants={"service.STARTUP_TIMEOUT": 0.1})
     with service.client("alice") as alice, service.client() as nobody:
         assert_all_unavailable(service, alice, "the schema has not been applied yet")
         assert_only_the_database_is_missed(alice, nobody)
@@ -193,8 +193,9 @@ def test_a_file_of_the_documentation_that_is_missing_is_a_bug_and_no_trouble_of_
 
 
 def test_requests_that_fail_leave_nothing_behind(start_service: StartService) -> None:
-    service = start_service(f"postgresql://postgres@127.0.0.1:{dead_port()}/none")
-    service.wait_until_healthy()
+    """Neither their heads nor their bodies, of 25 MB in all."""
+    url = f"postgresql://postgres@127.0.0.1:{dead_port()}/none"
+    service = start_service(url, constants={"service.STARTUP_TIMEOUT": 0.1})
     body = json.dumps({"title": "not now", "description": "x" * 2000}).encode()
     head = f"POST /api/tasks HTTP/1.1\r\nAuthorization: Bearer {token('alice')}\r\nContent-Length: {len(body)}\r\n"
     request = f"{head}X-Padding: {'x' * 60_000}\r\n\r\n".encode() + body
@@ -208,8 +209,9 @@ def test_requests_that_fail_leave_nothing_behind(start_service: StartService) ->
         writer.close()
 
     async def fail_on_many_connections() -> None:
-        await asyncio.gather(*(fail(30) for _ in range(50)))
+        await asyncio.gather(*(fail(20) for _ in range(20)))
 
+    asyncio.run(fail(20))
     before = service.memory
     asyncio.run(fail_on_many_connections())
     assert service.memory < before + 15

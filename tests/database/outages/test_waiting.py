@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.support.outages import (
     HELD,
     assert_healed,
     assert_unavailable,
+    create_database,
     database_setting,
     fill_pool,
     held_writes,
@@ -27,6 +29,25 @@ from tests.support.postgres import Postgres
 from tests.support.service_process import Client, Service
 
 WAITS_FOR_A_LOCK = "wait_event_type = 'Lock'"
+
+SHORT = 1.5
+HASTY: dict[str, object] = dict.fromkeys(["service.TIMEOUT", "sql.TIMEOUT", "sql.database.TIMEOUT"], SHORT)
+"""Constants of a service in which a call may take that many seconds."""
+
+
+@pytest.fixture(scope="module")
+def service(server: Postgres) -> Iterator[Service]:
+    """A hasty one, so that the tests need not wait for as long as its clients would."""
+    service = Service(create_database(server), constants=HASTY, wait=False)
+    try:
+        service.wait_until_ready()
+        yield service
+    finally:
+        service.remove()
+
+
+def test_a_call_may_take_eight_seconds() -> None:
+    assert TIMEOUT == 8
 
 
 def locked_row(url: str, task: dict[str, Any]) -> Any:
@@ -130,7 +151,7 @@ def test_terminating_backends_under_load_gives_nothing_but_503(service: Service,
     users = [uuid.uuid4().hex for _ in range(4)]
     with ThreadPoolExecutor(len(users)) as executor:
         answers = [executor.submit(work, user) for user in users]
-        until = time.monotonic() + 2
+        until = time.monotonic() + 1
         with connect(url) as connection:
             while time.monotonic() < until:
                 connection.execute(f"SELECT pg_terminate_backend(pid) {OTHERS}".encode())
@@ -150,7 +171,6 @@ def test_terminating_backends_under_load_gives_nothing_but_503(service: Service,
 TOO_LONG = 'error="TimeoutError: it took too long"'
 
 
-@pytest.mark.long
 def test_a_locked_row_holds_up_nobody_else(service: Service, url: str, alice: Client, bob: Client) -> None:
     task, other, bobs = alice.create(), alice.create(), bob.create()
     with ThreadPoolExecutor(1) as executor, locked_row(url, task):
@@ -163,7 +183,7 @@ def test_a_locked_row_holds_up_nobody_else(service: Service, url: str, alice: Cl
         assert alice.patch(f"/api/tasks/{other['id']}/complete").json()["completed"] is True
         assert not answer.done()
         assert_unavailable(answer.result())
-        assert TIMEOUT - 1 < time.monotonic() - started < TIMEOUT + 3
+        assert SHORT - 0.1 < time.monotonic() - started < SHORT + 3
     assert TOO_LONG in service.log_line(request_id)
     assert alice.get(f"/api/tasks/{task['id']}").json() == task
     assert alice.patch(f"/api/tasks/{task['id']}/complete").json()["completed"] is True
@@ -180,7 +200,6 @@ def test_a_change_of_a_locked_row_is_made_when_the_row_is_let_go(url: str, alice
     assert alice.get(f"/api/tasks/{task['id']}").json() == answer.result().json()
 
 
-@pytest.mark.long
 def test_a_table_that_is_locked_is_a_503_for_who_has_to_wait_for_it(
     service: Service, url: str, alice: Client, bob: Client
 ) -> None:
@@ -203,13 +222,12 @@ def test_a_table_that_is_locked_is_a_503_for_who_has_to_wait_for_it(
             for request_id, answer in answers.items():
                 assert_unavailable(answer.result())
                 assert TOO_LONG in service.log_line(request_id)
-            assert time.monotonic() - started < TIMEOUT + 3
+            assert time.monotonic() - started < SHORT + 3
         assert_healed(service, alice, [task])
 
 
-@pytest.mark.long
 def test_a_pool_without_a_free_connection_is_a_503_in_time(postgres: Postgres, url: str, start: StartService) -> None:
-    service = start(url, DATABASE_POOL_SIZE="1")
+    service = start(url, DATABASE_POOL_SIZE="1", constants=HASTY)
     with (
         service.client(uuid.uuid4().hex) as alice,
         service.client(uuid.uuid4().hex) as bob,
@@ -224,7 +242,7 @@ def test_a_pool_without_a_free_connection_is_a_503_in_time(postgres: Postgres, u
             assert bob.get("/health").status_code == 200
             for response in (answer, waiting, ready):
                 assert_unavailable(response.result())
-            assert time.monotonic() - started < TIMEOUT + 4
+            assert time.monotonic() - started < SHORT + 4
         for request_id in ("has the connection", "waits for it"):
             assert TOO_LONG in service.log, request_id
         service.wait_until_ready()
@@ -232,9 +250,8 @@ def test_a_pool_without_a_free_connection_is_a_503_in_time(postgres: Postgres, u
         assert [each["id"] for each in alice.tasks()] == [task["id"]]
 
 
-@pytest.mark.long
 def test_a_pool_of_one_connection_serves_others_while_a_change_waits_for_a_lock(url: str, start: StartService) -> None:
-    service = start(url, DATABASE_POOL_SIZE="1")
+    service = start(url, DATABASE_POOL_SIZE="1", constants=HASTY)
     with (
         service.client(uuid.uuid4().hex) as alice,
         service.client(uuid.uuid4().hex) as bob,
@@ -254,26 +271,10 @@ def test_a_pool_of_one_connection_serves_others_while_a_change_waits_for_a_lock(
 # --- A database that hangs
 
 
-def test_a_readiness_check_is_answered_in_time_while_the_database_hangs(
-    postgres: Postgres, service: Service, alice: Client
-) -> None:
-    task = alice.create()
-    with ThreadPoolExecutor(4) as executor, postgres.suspended():
-        started = time.monotonic()
-        checks = [executor.submit(alice.get, "/health/ready") for _ in range(4)]
-        assert alice.get("/health").status_code == 200
-        assert time.monotonic() - started < 2
-        for check in checks:
-            assert_unavailable(check.result())
-        assert time.monotonic() - started < 4
-    assert_healed(service, alice, [task])
-
-
-@pytest.mark.long
 def test_requests_are_answered_in_time_while_the_database_hangs(
     postgres: Postgres, service: Service, alice: Client
 ) -> None:
-    """More of them than the pool has connections; a router gives up after 30 seconds.
+    """More of them than the pool has connections.
 
     What became of the readiness check's query, long after its answer, must not show up in the log.
     """
@@ -285,5 +286,5 @@ def test_requests_are_answered_in_time_while_the_database_hangs(
         answers = [executor.submit(alice.get, "/api/tasks") for _ in range(20)]
         for answer in answers:
             assert_unavailable(answer.result())
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < SHORT + 4
     assert_healed(service, alice, [task])
