@@ -1,4 +1,4 @@
-"""The database: its URL, the connections to it, and the schema."""
+"""The database: its rows, its URL, the connections to it, and the schema."""
 
 import asyncio
 import contextlib
@@ -60,7 +60,7 @@ def reason(error: BaseException) -> str:
 
 
 def read_url(url: str) -> dict[str, Any]:
-    """Return the arguments of `create_pool` from a URL as providers write it; log which of its keys are left out.
+    """Return the arguments of `create_pool` from a URL as providers write it; `ignored` are keys left out.
 
     Raise ValueError, with a text that holds no password.
     """
@@ -89,17 +89,17 @@ def read_url(url: str) -> dict[str, Any]:
     # asyncpg takes a key that it does not know for a setting of the server, which then refuses the connection.
     unknown = (parameters.server_settings or {}).keys() - {"application_name", "options"}
     dsn = parts._replace(query=urlencode({key: query[key] for key in query.keys() - unknown})).geturl()
-    arguments: dict[str, Any] = {"dsn": dsn, "timeout": int(timeout)}
+    arguments: dict[str, Any] = {"dsn": dsn, "timeout": int(timeout), "ignored": sorted(unknown - OUR_KEYS)}
     # A pooler that gives every transaction another server connection cannot keep prepared statements.
     if 6543 in ports or any(sign in url for sign in ("pgbouncer=true", "statement_cache_size=0")):  # Supabase's port
         arguments["statement_cache_size"] = 0
-    if unknown - OUR_KEYS:
-        log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(sorted(unknown - OUR_KEYS)))
     return arguments
 
 
-def create_pool(**arguments: Any) -> Pool:
+def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
     """Return a pool that opens connections as calls need them, so that a process starts without the database."""
+    if ignored:
+        log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(ignored))
     return asyncpg.create_pool(
         **arguments, min_size=0, command_timeout=TIMEOUT, connect=connect, connection_class=Connection
     )

@@ -17,10 +17,13 @@ from sql.database import read_url
 from tests.support.fixtures import StartService
 from tests.support.postgres import Postgres, dead_port
 from tests.support.settings import (
+    PYTHON,
+    URL,
     assert_nothing_leaked,
     assert_waits,
     assert_works,
     client_addresses,
+    run_with_settings,
     secured_url,
 )
 
@@ -39,16 +42,14 @@ from tests.support.settings import (
         ("postgresql://u:p@/db?host=h&port=6000", ("h", 6000, "prefer"), []),
     ],
 )
-def test_asyncpg_reads_what_a_url_says(
-    url: str, address: tuple[str, int, str], ignored: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_asyncpg_reads_what_a_url_says(url: str, address: tuple[str, int, str], ignored: list[str]) -> None:
     arguments = read_url(url)
     nothing_else = dict.fromkeys(inspect.signature(parse_dsn).parameters)
     [(host, port)], parameters = parse_dsn(**nothing_else | {"dsn": arguments["dsn"]})
     assert (host, port, parameters.sslmode.name) == address
     assert (parameters.user, parameters.password, parameters.database) == ("u", "p", "db")
     assert (parameters.server_settings or {}).keys() <= {"options"}
-    assert caplog.messages == [f"DATABASE_URL: ignored what asyncpg does not know: {key}" for key in ignored]
+    assert arguments["ignored"] == ignored
 
 
 @pytest.mark.parametrize(
@@ -139,3 +140,9 @@ def test_a_host_may_be_an_ipv6_address(postgres: Postgres, database: str, start_
     service = start_service(f"postgresql://postgres@127.0.0.1:{dead_port()},[::1]:{postgres.port}/{database}")
     assert_works(service)
     assert client_addresses(postgres, database) == {"::1"}
+
+
+def test_a_key_that_is_ignored_is_not_told_in_the_place_of_a_token() -> None:
+    made = run_with_settings([*PYTHON, "token", "alice"], DATABASE_URL=f"{URL}?connection_limit=1")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert re.fullmatch(r"[\w.-]+\n", made.stdout)
