@@ -21,7 +21,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 from tests.support.chromium import ARGUMENTS, CHROMIUM
 from tests.support.citus import distributed_schemas, runs_on_citus
 from tests.support.fixtures import Figures, StartService
-from tests.support.postgres import PGBOUNCER, Postgres, free_port, lay_out_in_partitions
+from tests.support.postgres import PGBOUNCER, Postgres, held_port, lay_out_in_partitions
 from tests.support.service_process import Client, Service, new_user_id, running
 
 embedded: Postgres | None = None
@@ -168,7 +168,7 @@ def pgbouncer(postgres: Postgres, tmp_path: Path) -> Iterator[int]:
     """The port of a PgBouncer that hands each transaction to one of two connections to the module's `postgres`."""
     if not PGBOUNCER:
         pytest.skip("pgbouncer is not installed")
-    port = free_port()
+    port = held_port()
     settings = {
         "listen_addr": "127.0.0.1", "listen_port": port, "unix_socket_dir": "", "auth_type": "any",
         "pool_mode": "transaction", "default_pool_size": 2, "max_client_conn": 500,

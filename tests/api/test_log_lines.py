@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support.answers import ALL, EACH_STATUS
-from tests.support.postgres import free_port
+from tests.support.postgres import held_port
 from tests.support.service_process import ROOT, SECRET, Client, Service, environment, new_user_id, procfile_line, token
 from tests.support.waiting import wait_until
 
@@ -135,7 +135,7 @@ def test_lines_of_one_moment_are_written_in_pieces_that_a_pipe_takes_whole() -> 
     """Or those of two workers could be mixed, and a path begin a line."""
     reader, writer = os.pipe2(os.O_DIRECT)  # of which each read returns what one write has written
     pieces: list[bytes] = []
-    port = free_port()
+    port = held_port()
     url = "postgresql://nobody@127.0.0.1:1/nothing"  # no request here needs the database
     variables = environment(DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET, PORT=str(port))
     command = ["sh", "-c", f"exec env {procfile_line('web')}"]

@@ -16,7 +16,7 @@ import pytest
 import schemathesis
 
 from tests.support.fixtures import StartService
-from tests.support.postgres import dead_port
+from tests.support.postgres import held_port
 from tests.support.service_process import ROOT, Client, Service, run_command, token
 
 Document = dict[str, Any]
@@ -61,7 +61,7 @@ def with_a_bug(new_database: Callable[[], str]) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def without_database() -> Iterator[Client]:
     """A client of a service that nothing listens for at its DATABASE_URL."""
-    service = Service(f"postgresql://postgres@127.0.0.1:{dead_port()}/tasks")
+    service = Service(f"postgresql://postgres@127.0.0.1:{held_port()}/tasks")
     with service.client("somebody") as client:
         yield client
     service.remove()

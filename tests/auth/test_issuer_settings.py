@@ -9,7 +9,7 @@ import pytest
 import service
 from tests.support.fixtures import StartService
 from tests.support.issuer import AUTH_ORIGIN, HEALING
-from tests.support.postgres import dead_port
+from tests.support.postgres import held_port
 from tests.support.settings import PYTHON, refusal, run_with_settings
 from tests.support.waiting import wait_until
 
@@ -78,7 +78,7 @@ def test_no_token_can_be_made_without_a_secret() -> None:
 
 
 def test_the_query_of_a_url_is_not_logged(database: str, start_service: StartService) -> None:
-    url = f"http://127.0.0.1:{dead_port()}/jwks"
+    url = f"http://127.0.0.1:{held_port()}/jwks"
     service = start_service(database, BETTER_AUTH_SECRET="", JWKS_URL=f"{url}?key=hunterswordfish")
     wait_until(lambda: f"{url}: no keys could be fetched: " in service.log, HEALING)
     assert "hunter" not in service.log

@@ -46,7 +46,7 @@ import psycopg
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sql
-from tests.support.postgres import Postgres, free_port
+from tests.support.postgres import Postgres, held_port
 from tests.support.service_process import ROOT, SECRET, Client, environment, procfile_line, token
 
 FILL = """
@@ -145,7 +145,7 @@ def write_script(folder: Path, line: str, first_ids: dict[str, int]) -> Path:
 @contextmanager
 def serving(command: str, database_url: str, workers: int) -> Iterator[Server]:
     """Start a contestant; yield it when it has answered a list."""
-    port = str(free_port())
+    port = str(held_port())
     variables = {
         "DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": port, "CORS_ORIGINS": "http://localhost"
     }  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Request, expect
 
 from tests.support.chromium import PUBLIC
-from tests.support.postgres import free_port
+from tests.support.postgres import held_port
 from tests.support.service_process import Client, Service, token
 
 # ReDoc's bundle has the address of its maker's logo built in, and no option to leave it out.
@@ -245,7 +245,7 @@ def web_server(port: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def front_end_port() -> Iterator[int]:
-    port = free_port()
+    port = held_port()
     with web_server(port):
         yield port
 
@@ -349,7 +349,7 @@ def test_a_front_end_can_read_every_error(
 @pytest.mark.long
 def test_a_front_end_can_read_when_to_come_back(front_end_port: int, front_end: FrontEnd, start_service: Any) -> None:
     origin = f"http://localhost:{front_end_port}"
-    service = start_service(f"postgresql://postgres@127.0.0.1:{free_port()}/tasks", CORS_ORIGINS=origin)
+    service = start_service(f"postgresql://postgres@127.0.0.1:{held_port()}/tasks", CORS_ORIGINS=origin)
     status, headers, body = front_end.fetch("GET", f"{service.url}/api/tasks", headers=signed_in("alice"))
     assert (status, headers["retry-after"]) == (503, "2")
     assert body == {"detail": "The database is not available right now, try again soon"}

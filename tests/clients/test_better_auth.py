@@ -20,7 +20,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Request, Route
 
 from tests.support.front_end import front_end
-from tests.support.postgres import free_port
+from tests.support.postgres import held_port
 from tests.support.service_process import ROOT, Service, environment
 
 SOURCE = ROOT / "tests" / "clients" / "better_auth"
@@ -56,7 +56,7 @@ class BetterAuth:
             shutil.copy(file, self.folder)
         (self.folder / "node_modules").symlink_to(SOURCE / "node_modules")
         (self.folder / "auth.js").write_text(auth)
-        port = free_port()
+        port = held_port()
         self.url = f"http://localhost:{port}"
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(

@@ -34,7 +34,7 @@ from tests.support.batches import (
 from tests.support.database import locked
 from tests.support.fixtures import StartService
 from tests.support.load import Caller
-from tests.support.postgres import PGBOUNCER, Postgres, free_port
+from tests.support.postgres import PGBOUNCER, Postgres, held_port
 from tests.support.service_process import Service, run_command
 from tests.support.waiting import wait_in_loop_until
 
@@ -458,7 +458,7 @@ def pooler(request: pytest.FixtureRequest, pgbouncer: int, tmp_path: Path) -> It
     if request.param.startswith("refuses"):
         yield pgbouncer
         return
-    port, ini = free_port(), tmp_path / "dropping.ini"
+    port, ini = held_port(), tmp_path / "dropping.ini"
     settings = (tmp_path / "pgbouncer.ini").read_text().replace(f"listen_port = {pgbouncer}", f"listen_port = {port}")
     ini.write_text(f"{settings}ignore_startup_parameters = lock_timeout,plan_cache_mode\n")
     with subprocess.Popen([str(PGBOUNCER), str(ini)], stderr=subprocess.DEVNULL) as process:

@@ -23,7 +23,7 @@ from sql.database import BEGIN, LOCK_TIMEOUT
 from sql.database import apply_schema as apply_on
 from tests.support.database import PASSWORD, UNAVAILABLE, connect, execute, name_of, url_as
 from tests.support.fixtures import StartService
-from tests.support.postgres import dead_port
+from tests.support.postgres import held_port
 from tests.support.service_process import Client, Service, release
 from tests.support.tables import (
     BEYOND_A_LIMIT,
@@ -385,7 +385,7 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], reason: str) -
 
 
 def test_migrate_says_that_nobody_listens() -> None:
-    url = f"postgresql://app:{PASSWORD}@127.0.0.1:{dead_port()}/tasks"
+    url = f"postgresql://app:{PASSWORD}@127.0.0.1:{held_port()}/tasks"
     assert_one_sentence(release(url), "Connect call failed")
 
 

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from tests.support.copies import copy_program
-from tests.support.postgres import free_port
+from tests.support.postgres import held_port
 from tests.support.service_process import ROOT, SECRET, environment
 from tests.support.settings import PYTHON, URL, run_with_settings
 from tests.support.waiting import wait_until
@@ -62,7 +62,7 @@ def test_a_port_that_is_taken_is_told(arguments: list[str], workers: str, databa
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "203.0.113.7"])
 def test_an_address_of_another_machine_is_told(host: str, database_url: str) -> None:
-    refused = run_with_settings(PYTHON, DATABASE_URL=database_url, HOST=host, PORT=str(free_port()))
+    refused = run_with_settings(PYTHON, DATABASE_URL=database_url, HOST=host, PORT=str(held_port()))
     assert (refused.returncode, refused.stderr) == (3, "")
     assert re.search(rf"^\[Errno -?\d+\] .*({host}|not known|resolution)", refused.stdout, re.MULTILINE), refused.stdout
     assert "Traceback" not in refused.stdout
@@ -77,7 +77,7 @@ class Terminal:
     def __init__(self, *command: str, cwd: Path = ROOT, **variables: str) -> None:
         self.terminal, its_side = pty.openpty()
         os.set_blocking(self.terminal, False)
-        self.port = free_port()
+        self.port = held_port()
         self.printed = ""
         self.process = subprocess.Popen(
             command,
@@ -183,7 +183,7 @@ def test_uvicorn_reloads_what_was_edited(
     open_terminal: Callable[..., Terminal], database_url: str, tmp_path: Path
 ) -> None:
     copy_program(tmp_path)
-    port = str(free_port())
+    port = str(held_port())
     command = ["uvicorn", "service:app", "--reload", "--no-access-log", "--port", port]
     terminal = open_terminal(*command, cwd=tmp_path, DATABASE_URL=database_url)
 

@@ -15,7 +15,7 @@ from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # ty
 
 from sql.database import read_url
 from tests.support.fixtures import StartService
-from tests.support.postgres import Postgres, dead_port
+from tests.support.postgres import Postgres, held_port
 from tests.support.settings import (
     PYTHON,
     URL,
@@ -84,7 +84,7 @@ def test_of_several_hosts_the_one_that_can_be_written_to_is_used(
     database_url: str, start_service: StartService
 ) -> None:
     user, _, host = urlsplit(database_url).netloc.rpartition("@")
-    hosts = f"{user}@127.0.0.1:{dead_port()},{host}"
+    hosts = f"{user}@127.0.0.1:{held_port()},{host}"
     service = start_service(f"postgresql://{hosts}{urlsplit(database_url).path}?target_session_attrs=read-write")
     assert_works(service)
 
@@ -137,7 +137,7 @@ def test_a_host_may_be_an_ipv6_address(postgres: Postgres, database: str, start_
     with socket.socket(socket.AF_INET6) as probe:
         if probe.connect_ex(("::1", postgres.port)):
             pytest.skip("this machine has no IPv6")
-    service = start_service(f"postgresql://postgres@127.0.0.1:{dead_port()},[::1]:{postgres.port}/{database}")
+    service = start_service(f"postgresql://postgres@127.0.0.1:{held_port()},[::1]:{postgres.port}/{database}")
     assert_works(service)
     assert client_addresses(postgres, database) == {"::1"}
 

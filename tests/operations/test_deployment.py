@@ -29,7 +29,7 @@ from tests.support.deployment import (
     workers_of,
 )
 from tests.support.fixtures import Figures, StartService
-from tests.support.postgres import dead_port, free_port, listens, suspended
+from tests.support.postgres import held_port, listens, suspended
 from tests.support.service_process import (
     ROOT,
     SECRET,
@@ -254,7 +254,7 @@ def test_a_request_that_takes_longer_than_20_seconds_is_cut_off_by_a_stop_and_a_
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_service_that_waits_for_its_database_can_be_stopped(workers: str, start_service: StartService) -> None:
-    url = f"postgresql://user@127.0.0.1:{dead_port()}/db"
+    url = f"postgresql://user@127.0.0.1:{held_port()}/db"
     service = start_service(url, wait=False, WEB_CONCURRENCY=workers, constants={"service.STARTUP_TIMEOUT": 0.3})
     wait_until(lambda: "waiting for the database" in service.log)
     assert service.stop(seconds=15) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
@@ -266,7 +266,7 @@ def test_a_service_that_waits_for_its_database_can_be_stopped(workers: str, star
 def test_a_signal_to_the_shell_that_runs_the_web_line_ends_everything(workers: str, database_url: str) -> None:
     """As foreman, honcho and the CMD of a Dockerfile run it. Debian's sh does not replace itself by the command."""
     [line] = re.findall("^web: (.*)$", (ROOT / "Procfile").read_text(), re.MULTILINE)
-    port = free_port()
+    port = held_port()
     settings = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": str(port)}
     shell = subprocess.Popen(
         ["sh", "-c", line],
@@ -305,7 +305,7 @@ def test_the_procfile_has_no_more_than_a_release_and_a_web_line() -> None:
 
 
 def test_the_log_is_on_standard_output_one_line_an_event(database_url: str, tmp_path: Path) -> None:
-    port = free_port()
+    port = held_port()
     settings = {"DATABASE_URL": f"{database_url}?schema=public", "BETTER_AUTH_SECRET": SECRET, "PORT": str(port)}
     output, errors = tmp_path / "output", tmp_path / "errors"
     with output.open("wb") as stdout, errors.open("wb") as stderr:

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from tests.support.copies import copy_program
-from tests.support.postgres import free_port
+from tests.support.postgres import held_port
 from tests.support.service_process import SECRET, Client, answers, environment, run_command, token
 from tests.support.waiting import wait_until
 from tests.support.wire import EXPECT, Raw
@@ -46,12 +46,12 @@ class Project:
         self.errors = self.parent / "errors"
         self.python = ["python"]
         self.user: str | None = None
-        self.port = free_port()
+        self.port = held_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run the service as a command that is expected to end."""
-        settings = {"PORT": str(free_port())} | variables
+        settings = {"PORT": str(held_port())} | variables
         return run_command([*self.python, "service.py", *arguments], settings, folder=self.folder, user=self.user)
 
     def start(self, **variables: str) -> None:

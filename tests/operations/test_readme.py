@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.postgres import free_port
+from tests.support.postgres import held_port
 from tests.support.readme import README, code, sh, table
 from tests.support.service_process import ROOT, SECRET, Client, Service, environment
 
@@ -116,7 +116,7 @@ def test_the_heroku_settings_are_ones_to_serve_with(database_url: str, start_ser
 def test_the_unit_runs_on_nothing_but_the_locked_requirements(clone: Path, database_url: str) -> None:
     sh(code("python3 -m venv"), clone)
     [command] = re.findall("^ExecStart=/srv/tasks/(.*)$", code("[Unit]"), re.MULTILINE)
-    port = free_port()
+    port = held_port()
     variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": str(port)}
     output = clone / "output"
     with output.open("wb") as stream:

@@ -22,7 +22,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from sql import FIRST_PAGE, NEXT_PAGE, load
 from tests.support.fixtures import StartService
-from tests.support.postgres import dead_port
+from tests.support.postgres import held_port
 from tests.support.readme import code
 from tests.support.service_process import SECRET, Service, new_user_id, token
 from tests.support.waiting import wait_until
@@ -259,7 +259,7 @@ def test_neither_tasks_nor_tokens_are_exported(
 
 
 def test_a_collector_that_is_down_disturbs_no_request(database_url: str, start_service: StartService) -> None:
-    service = start_service(database_url, **export_to(dead_port()))
+    service = start_service(database_url, **export_to(held_port()))
     service.wait_until_ready()
     with service.client("alice", timeout=2) as client:
         for _ in range(20):

@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -33,21 +32,18 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@cache
-def dead_port() -> int:
-    """Return a port at which nobody listens, nor can while the tests run."""
+def held_port() -> int:
+    """Return a port of this machine that nobody else gets while the tests run, and at which nobody listens yet.
+
+    It stays bound, so no other test gets it, and no outgoing connection. Servers set SO_REUSEADDR, as the holder does,
+    so they can still listen at it.
+    """
     holder = socket.socket()
     holder.bind(("127.0.0.1", 0))
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     port: int = holder.getsockname()[1]
-    holder.detach()  # it stays bound
+    holder.detach()
     return port
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -100,7 +96,7 @@ class Postgres:
             self.user = self.server.system_user
         self.environment = environment or {}
         self.settings = FAST | settings
-        self.port = free_port()
+        self.port = held_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 

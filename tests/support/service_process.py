@@ -21,7 +21,7 @@ import jwt
 import psutil
 import psycopg
 
-from tests.support.postgres import free_port
+from tests.support.postgres import held_port
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ class Service:
     ) -> None:
         """Start the Procfile's line, by another command if one is given, and with other constants of its modules."""
         self.database_url = database_url
-        self.port = free_port()
+        self.port = held_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = Path(tempfile.mkstemp(prefix="tasks-service-", suffix=".log")[1])
         settings = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "PORT": str(self.port)}

@@ -27,7 +27,7 @@ from tests.support.outages import (
     let_notice,
     requests_for,
 )
-from tests.support.postgres import Postgres, dead_port
+from tests.support.postgres import Postgres, held_port
 from tests.support.service_process import Client, Service, running, token
 
 # --- Full, forbidden, dropped, read-only
@@ -194,7 +194,7 @@ def test_a_file_of_the_documentation_that_is_missing_is_a_bug_and_no_trouble_of_
 
 def test_requests_that_fail_leave_nothing_behind(start_service: StartService) -> None:
     """Neither their heads nor their bodies, of 25 MB in all."""
-    url = f"postgresql://postgres@127.0.0.1:{dead_port()}/none"
+    url = f"postgresql://postgres@127.0.0.1:{held_port()}/none"
     service = start_service(url, constants={"service.STARTUP_TIMEOUT": 0.1})
     body = json.dumps({"title": "not now", "description": "x" * 2000}).encode()
     head = f"POST /api/tasks HTTP/1.1\r\nAuthorization: Bearer {token('alice')}\r\nContent-Length: {len(body)}\r\n"
