@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.copies import copy_committed
 from tests.support.postgres import held_port
 from tests.support.readme import README, code, sh, table
 from tests.support.service_process import ROOT, SECRET, Client, Service, environment
@@ -31,16 +32,8 @@ program = SimpleNamespace(**{name: it for each in MODULES for name, it in vars(i
 
 @pytest.fixture
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of what is committed or would be, as a stranger has it after `git clone`."""
-    folder = tmp_path_factory.mktemp("clone")
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
-    for file in files:
-        if (ROOT / file).exists():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+    """A copy of what is committed, as a stranger has it after `git clone`."""
+    folder = copy_committed(tmp_path_factory.mktemp("clone"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
