@@ -34,7 +34,6 @@ from typing import Any, cast
 
 import httptools
 import jwt
-import orjson
 import uvicorn
 from asyncpg import Record
 from starlette.applications import Starlette
@@ -48,7 +47,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sql import FIRST_PAGE, Queries, Refused
-from sql.database import EPOCH, MICROSECOND, TIMEOUT, Unavailable, apply_schema, create_pool, read_url, reason, to_tasks
+from sql.database import EPOCH, MICROSECOND, TIMEOUT, Unavailable, apply_schema, create_pool, read_url, reason, to_json
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -293,8 +292,9 @@ def versions_to_change(request: Request) -> list[int] | None:
         return None
     versions = []
     for tag in entity_tags(text):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):  # no time, one without a zone, or before year 1
-            version = (datetime.fromisoformat(tag.strip('"')) - EPOCH) // MICROSECOND
+        with contextlib.suppress(ValueError, TypeError):  # no time, or one of another zone
+            time_in_utc = datetime.fromisoformat(tag.strip('"').removesuffix("+00:00"))
+            version = (time_in_utc - EPOCH) // MICROSECOND
             if tag == etag_of(version):
                 versions.append(version)
     return versions
@@ -393,13 +393,13 @@ async def task_or_error(request: Request, task: Record | None) -> Record:
 
 
 def etag_of(updated_at: int) -> str:
-    return f'"{(EPOCH + MICROSECOND * updated_at).isoformat()}"'
+    return f'"{(EPOCH + MICROSECOND * updated_at).isoformat()}+00:00"'
 
 
 def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
     headers = {"ETag": etag_of(row["updated_at"]), **(headers or {})}
-    return Response(orjson.dumps(to_tasks([row])[0]), status, headers, "application/json")
+    return Response(to_json([row])[1:-1], status, headers, "application/json")
 
 
 async def list_response(request: Request, completed: bool | None) -> Response:
@@ -428,7 +428,7 @@ async def in_json(pages: AsyncIterator[list[Record]]) -> AsyncIterator[tuple[byt
     async for page in pages:
         for rows in [page[first : first + FIRST_PAGE] for first in range(0, len(page), FIRST_PAGE)]:
             count += len(rows)
-            yield b"".join([start, memoryview(orjson.dumps(to_tasks(rows)))[1:-1]]), count
+            yield b"".join([start, memoryview(to_json(rows))[1:-1]]), count
             start = b","
     if count == 0:
         yield start, count

@@ -7,12 +7,13 @@ import logging
 import re
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import asyncpg
+import orjson
 from asyncpg import Pool, Record
 from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
 
@@ -20,23 +21,16 @@ log = logging.getLogger("service")
 
 # The columns of a task, with which each row begins, in the order in which clients see them.
 NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
-EPOCH, MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)  # of PostgreSQL's timestamps
+EPOCH, MICROSECOND = datetime(2000, 1, 1), timedelta(microseconds=1)  # of PostgreSQL's timestamps, in UTC
 
 
-def to_tasks(rows: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return tasks as clients see them, from their rows, whose timestamps are in microseconds since EPOCH."""
-    return [
-        {
-            "id": id,
-            "user_id": user_id,
-            "title": title,
-            "description": description,
-            "completed": completed,
-            "created_at": EPOCH + MICROSECOND * created_at,
-            "updated_at": EPOCH + MICROSECOND * updated_at,
-        }
-        for id, user_id, title, description, completed, created_at, updated_at, *_ in rows
-    ]
+def to_json(rows: Iterable[Record]) -> bytes:
+    """Return a JSON array of tasks as clients see them, from rows whose timestamps are in microseconds since EPOCH."""
+    tasks: list[dict[str, Any]] = [dict(zip(NAMES, row)) for row in rows]  # noqa: B905  a row has more columns
+    for task in tasks:
+        task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
+        task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
+    return orjson.dumps(tasks, option=orjson.OPT_NAIVE_UTC)
 
 
 TIMEOUT = 8.0  # seconds that a call may take, second tries included
