@@ -514,4 +514,4 @@ def test_schemathesis_finds_nothing_in_a_long_run(
     start_service: StartService, database_url: str, tmp_path: Path
 ) -> None:
     """Each run is another one; a failure prints the seed that repeats it."""
-    run_schemathesis(start_service(database_url), tmp_path, "--max-examples=500", "--continue-on-failure")
+    run_schemathesis(start_service(database_url), tmp_path, "--max-examples=250", "--continue-on-failure")
