@@ -381,6 +381,7 @@ async def error_response(request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = "Bearer" if error.detail == DETAILS[401] else 'Bearer error="invalid_token"'
     if error.status_code == 503:
         headers["Retry-After"] = RETRY_AFTER
+        request.scope.setdefault("error", error.detail)  # for the log
     return JSONResponse(body, error.status_code, headers)
 
 

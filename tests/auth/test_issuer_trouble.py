@@ -174,7 +174,8 @@ def test_where_no_keys_were_ever_had_every_token_by_one_is_an_outage_until_there
     ):
         known, forged = (key.sign(issuer.claims(new_user())) for key in (KEY, STRANGER))
         for text in (known, forged):
-            assert_no_keys(ask_with(client, text))
+            assert_no_keys(response := ask_with(client, text))
+            assert f'error="{NO_KEYS["detail"]}"' in service.log_line(response.headers["x-request-id"])
         assert client.get("/health/ready").status_code == 200
         assert failed_fetches(service) == 1
         issuer.publish(KEY)
