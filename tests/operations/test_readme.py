@@ -23,7 +23,7 @@ import pytest
 from tests.support.copies import copy_committed
 from tests.support.postgres import held_port
 from tests.support.readme import README, code, sh, table
-from tests.support.service_process import ROOT, SECRET, Client, Service, environment
+from tests.support.service_process import ROOT, SECRET, Client, Service, environment, procfile_line
 
 # What any module of the program has, by its name.
 MODULES = ["service", "sql", *(f"sql.{file.stem}" for file in (ROOT / "sql").glob("[a-z]*.py"))]
@@ -143,6 +143,27 @@ def test_the_fly_configuration_is_consistent() -> None:
     fly = tomllib.loads("\n".join(re.findall(r"`([\w.]+ = [^`]+)`", cell)))
     assert fly["env"]["PORT"] == str(fly["http_service"]["internal_port"])
     assert fly["deploy"]["release_command"] in (ROOT / "Procfile").read_text()
+
+
+def test_the_platforms_run_the_lines_of_the_procfile_and_ask_for_paths_that_there_are() -> None:
+    lines = {procfile_line(process_type) for process_type in ("release", "web")}
+    answered = {request.split("`")[1].removeprefix("GET ") for request, *_ in table("request")}
+    for platform in ("Render", "Railway"):
+        [cell] = [cell for name, cell in table("platform") if name == platform]
+        assert set(re.findall("command `([^`]* -m service[^`]*)`", cell)) == lines
+        assert set(re.findall("path `([^`]+)`", cell)) <= answered
+
+
+def test_ten_machines_open_as_many_connections_as_it_says() -> None:
+    [pool] = [row[1].strip("`") for row in table("variable") if row[0] == "`DATABASE_POOL_SIZE`"]
+    assert f"ten machines with one worker open up to {10 * int(pool)}." in README
+
+
+def test_what_better_auth_takes_from_the_environment_is_told() -> None:
+    sources = (ROOT / "tests" / "clients" / "better_auth").glob("*.js")
+    taken = {name for file in sources for name in re.findall(r"process\.env\.([A-Z_]+)", file.read_text())}
+    assert len(taken) > 2
+    assert all(re.search(rf"[` ]{name}[`=]", README) for name in taken), taken
 
 
 def test_every_setting_is_in_the_table_and_in_the_example() -> None:
