@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import date, datetime
+from datetime import date
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +47,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sql import FIRST_PAGE, Queries, Refused
-from sql.database import EPOCH, MICROSECOND, TIMEOUT, Unavailable, apply_schema, create_pool, read_url, reason, to_json
+from sql.database import TIMEOUT, Unavailable, create_pool, migrate, read_url, reason, time_of, timestamp_of, to_json
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -86,7 +86,7 @@ async def list_tasks(request: Request) -> Response:
     """List the caller's tasks, newest first."""
     status = request.query_params.get("status") or "all"
     if status not in STATUSES:
-        raise invalid({"status": f"must be one of {', '.join(STATUSES)}"})
+        raise ApiError(422, errors={"status": f"must be one of {', '.join(STATUSES)}"})
     return await list_response(request, STATUSES[status])
 
 
@@ -97,7 +97,7 @@ async def create_task(request: Request) -> Response:
     values = [fields.get(name) for name in FIELDS]
     task = await queries(request).create_task(request.user, key, key and hash_of(fields), values)
     if task is None:
-        raise invalid({"body": "is not the one that this Idempotency-Key was first sent with"})
+        raise ApiError(422, errors={"body": "is not the one that this Idempotency-Key was first sent with"})
     return task_response(task, 201, {"Location": f"/api/tasks/{task['id']}"})
 
 
@@ -209,7 +209,7 @@ def valid_fields(
     """
     errors, fields = task_id_errors(request), {}
     if not isinstance(body, dict):
-        raise invalid(errors | {"body": "must be an object"})
+        raise ApiError(422, errors=errors | {"body": "must be an object"})
     for name in names:
         if name in body:
             try:
@@ -219,7 +219,7 @@ def valid_fields(
         elif name in required:
             errors[name] = "is required"
     if errors:
-        raise invalid(errors)
+        raise ApiError(422, errors=errors)
     return fields
 
 
@@ -265,7 +265,7 @@ def task_id_errors(request: Request) -> dict[str, str]:
 def task_id_of(request: Request) -> int:
     """Return the id in the path, or 0, which no task has, where it is beyond PostgreSQL's bigint; raise 422."""
     if errors := task_id_errors(request):
-        raise invalid(errors)
+        raise ApiError(422, errors=errors)
     digits = request.path_params["task_id"].lstrip("0")
     number = int(digits) if 0 < len(digits) < 20 else 0  # a path can hold more digits than int() is willing to read
     return number if number < 2**63 else 0
@@ -283,21 +283,12 @@ def entity_tags(text: str) -> list[str]:
 
 
 def versions_to_change(request: Request) -> list[int] | None:
-    """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1).
-
-    Only the exact spelling of `etag_of` counts.
-    """
+    """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1)."""
     text = header(request, b"if-match")
     if text is None or text == "*":
         return None
-    versions = []
-    for tag in entity_tags(text):
-        with contextlib.suppress(ValueError, TypeError):  # no time, or one of another zone
-            time_in_utc = datetime.fromisoformat(tag.strip('"').removesuffix("+00:00"))
-            version = (time_in_utc - EPOCH) // MICROSECOND
-            if tag == etag_of(version):
-                versions.append(version)
-    return versions
+    versions = [timestamp_of(tag[1:-1]) for tag in entity_tags(text) if tag[0] == '"']
+    return [version for version in versions if version is not None]
 
 
 def unless_modified(request: Request, response: Response) -> Response:
@@ -348,16 +339,12 @@ DETAILS = {  # what an error says unless there is more to say
 
 
 class ApiError(HTTPException):
-    """An answer that is not a success. `detail` is one sentence for a person; `errors` say what is wrong by field."""
+    """An answer that is not a success. `detail` is for a person; for a 422, `errors` say what is wrong by field."""
 
     def __init__(self, status: int, detail: str = "", errors: Mapping[str, str] | None = None) -> None:
-        super().__init__(status, detail or DETAILS[status])
         self.errors = errors or {}
-
-
-def invalid(errors: Mapping[str, str]) -> ApiError:
-    """Return the 422 for what is wrong, by field."""
-    return ApiError(422, "; ".join(f"{field} {message}" for field, message in errors.items()), errors)
+        detail = detail or "; ".join(f"{field} {message}" for field, message in self.errors.items())
+        super().__init__(status, detail or DETAILS[status])
 
 
 async def error_response(request: Request, error: Exception) -> Response:
@@ -368,7 +355,7 @@ async def error_response(request: Request, error: Exception) -> Response:
     elif isinstance(error, Refused):
         request.scope["error"] = f"Refused: {error}"
         field = str(error).removeprefix("task_")
-        error = invalid({field if field in FIELDS else "body": "is refused by the database"})
+        error = ApiError(422, errors={field if field in FIELDS else "body": "is refused by the database"})
     elif isinstance(error, ClientDisconnect):
         error = ApiError(400, "The body ended before it was complete")
     elif not isinstance(error, HTTPException):
@@ -393,13 +380,9 @@ async def task_or_error(request: Request, task: Record | None) -> Record:
     return task
 
 
-def etag_of(updated_at: int) -> str:
-    return f'"{(EPOCH + MICROSECOND * updated_at).isoformat()}+00:00"'
-
-
 def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
-    headers = {"ETag": etag_of(row["updated_at"]), **(headers or {})}
+    headers = {"ETag": f'"{time_of(row["updated_at"])}"', **(headers or {})}
     return Response(to_json([row])[1:-1], status, headers, "application/json")
 
 
@@ -1135,7 +1118,7 @@ def main() -> None:
         case ["token", user_id]:
             print(make_token(Settings(os.environ), user_id))
         case ["migrate"]:
-            asyncio.run(migrate(Settings(os.environ)))
+            asyncio.run(migrate(**Settings(os.environ).database))
         case ["-h" | "--help"]:
             print(__doc__)
         case _:
@@ -1171,16 +1154,6 @@ def __getattr__(name: str) -> ASGIApp:
     except SettingError as error:
         print(error, file=sys.stderr)
         sys.exit(3)  # at which uvicorn's supervisor does not start the worker again
-
-
-async def migrate(settings: Settings) -> None:
-    """Apply the schema once; exit with a sentence if that fails."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Ctrl-C may leave a connection that nobody waits for
-    try:
-        async with create_pool(**settings.database) as pool:
-            await apply_schema(pool)
-    except Unavailable as error:
-        sys.exit(f"The schema was not applied: {error}")
 
 
 def make_token(settings: Settings, user_id: str) -> str:

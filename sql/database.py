@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 import ssl
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -31,6 +32,20 @@ def to_json(rows: Iterable[Record]) -> bytes:
         task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
         task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
     return orjson.dumps(tasks, option=orjson.OPT_NAIVE_UTC)
+
+
+def time_of(timestamp: int) -> str:
+    """Return a timestamp as clients see it."""
+    return f"{(EPOCH + MICROSECOND * timestamp).isoformat()}+00:00"
+
+
+def timestamp_of(time: str) -> int | None:
+    """Return the timestamp that clients see as this text, or None: only the exact spelling of `time_of` counts."""
+    with contextlib.suppress(ValueError, TypeError):  # no time, or one of another zone
+        timestamp = (datetime.fromisoformat(time.removesuffix("+00:00")) - EPOCH) // MICROSECOND
+        if time == time_of(timestamp):
+            return timestamp
+    return None
 
 
 TIMEOUT = 8.0  # seconds that a call may take, second tries included
@@ -190,6 +205,16 @@ async def apply_schema(pool: Pool) -> None:
                 await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
     except Exception as error:  # whatever it is, someone can mend it in the database
         raise Unavailable(reason(error)) from None
+
+
+async def migrate(**arguments: Any) -> None:
+    """Apply the schema once, over a pool with these arguments; exit with a sentence if that fails."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Ctrl-C may leave a connection that nobody waits for
+    try:
+        async with create_pool(**arguments) as pool:
+            await apply_schema(pool)
+    except Unavailable as error:
+        sys.exit(f"The schema was not applied: {error}")
 
 
 async def apply_schema_when_possible(pool: Pool) -> None:
