@@ -1013,16 +1013,18 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
+        valid = True
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if self.is_answering():  # the error is in what follows the request; or an upgrade, which is not made
                 self.cycle.keep_alive = False
-            else:
-                self.refuse(400, "The request must be valid HTTP/1.1")
-            return
-        if self.arriving and self.size > HEAD_LIMIT:
+                return
+            valid = False
+        if self.size > HEAD_LIMIT and (self.arriving or not valid):
             self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
+        elif not valid:
+            self.refuse(400, "The request must be valid HTTP/1.1")
 
     def on_message_begin(self) -> None:
         if self.is_answering():
@@ -1032,6 +1034,9 @@ class HttpProtocol(HttpToolsProtocol):
         self.arriving, self.waited = True, 0.0
 
     def on_headers_complete(self) -> None:
+        # `size` counts the beginning of the body too, if it came in the same piece.
+        if self.size > HEAD_LIMIT and len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) > HEAD_LIMIT:
+            raise ValueError("the head is too large")
         super().on_headers_complete()
         self.headers = []  # for trailers, which must not become headers
         self.size = 0

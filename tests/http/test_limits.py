@@ -77,6 +77,21 @@ def test_a_head_without_end_is_refused(service: Service, raw: Raw, start: bytes,
         assert connection.answer().status == 431
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (f"GET /health HTTP/1.1\r\nHost: x\r\nX: {'x' * 65_000}\r\n\r\n", 200),
+        (f"GET /health HTTP/1.1\r\nHost: x\r\nX: {'x' * 66_000}\r\n\r\n", 431),
+        ("GET /health HTTP/1.1\r\nHost: x\r\nY: y\r\n" + "X: xx\r\n" * 9_400 + "\r\n", 431),
+        (f"GET /health?{'x' * 66_000} HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+    ],
+    ids=["just small enough", "one header", "many headers", "the URL"],
+)
+def test_the_limit_of_a_head_is_the_same_in_one_piece(raw: Raw, head: str, status: int) -> None:
+    raw.socket.sendall(head.encode())
+    assert raw.answer().status == status
+
+
 def test_a_large_head_with_an_end_is_served(alice: Client, raw: Raw) -> None:
     for number in range(3):
         raw.send("GET /api/tasks", bearer(alice), *[f"X-{number}: {'x' * 5000}" for number in range(12)])
