@@ -21,11 +21,13 @@ from tests.support.batches import (
     Message,
     Spy,
     Task,
+    changes_of,
     failures,
     fields,
     make_tasks,
     pool_and_queries,
     sizes,
+    values_of,
     whole_list,
 )
 from tests.support.waiting import wait_in_loop_until
@@ -285,7 +287,7 @@ def test_what_a_thousand_users_create_at_once_is_what_each_has(database_url: str
                 user_id: (None, None) if number % 3 else ("key", "hash") for number, user_id in enumerate(USERS)
             }
             created = await asyncio.gather(
-                *(queries.create_task(user_id, *key, [f"of {user_id}", None, False]) for user_id, key in keys.items())
+                *(queries.create_task(user_id, *key, values_of(f"of {user_id}")) for user_id, key in keys.items())
             )
             assert (max(sizes()), len(sizes())) == (sql.MAX_BATCH, in_full_batches(1000))
             for user_id, row in zip(USERS, created, strict=True):
@@ -306,7 +308,7 @@ def test_creations_of_one_user_share_messages_and_each_is_made_once(database_url
         async with pool_and_queries(database_url) as (pool, queries):
             keys = [f"key {number}" if number % 4 else None for number in range(200)]
             created = await asyncio.gather(
-                *(queries.create_task("alice", key, key, [f"{n}", None, False]) for n, key in enumerate(keys))
+                *(queries.create_task("alice", key, key, values_of(f"{n}")) for n, key in enumerate(keys))
             )
             assert len(sizes()) == in_full_batches(200)
             assert [row and row["title"] for row in created] == [f"{n}" for n in range(200)]
@@ -349,7 +351,7 @@ def test_what_a_thousand_users_change_at_once_is_what_each_has(database_url: str
             for number, (user_id, task) in enumerate(tasks.items()):
                 task_id, now, never = task["id"], [task["updated_at"]], [sql.BEFORE_ALL[0]]
                 others = ids[USERS[int(user_id.removeprefix("user-")) - 1]]
-                put = [True, f"of {user_id}", False, None, False, None]
+                put = changes_of(title=f"of {user_id}")
                 own: list[tuple[Callable[[], Awaitable[Any]], Task | None]] = [
                     (partial(queries.complete_task, user_id, task_id, None, None), {"completed": True}),
                     (partial(queries.update_task, user_id, task_id, now, put), {"title": f"of {user_id}"}),
@@ -396,10 +398,10 @@ def test_a_write_that_is_refused_is_refused_alone_and_the_others_are_made_once(d
             ids = await make_tasks(pool, users) if kind == "update" else {}
             for user_id in users:
                 title = UNSTORABLE.get(user_id, "new")
-                put = [True, title, False, None, False, None]
+                put = changes_of(title=title)
                 create = kind == "create"
                 writes.append(
-                    queries.create_task(user_id, None, None, [title, None, False])
+                    queries.create_task(user_id, None, None, values_of(title))
                     if create
                     else queries.update_task(user_id, ids[user_id], None, put)
                 )
@@ -495,10 +497,10 @@ def test_a_write_that_is_lost_with_its_connection_is_not_sent_again(
         async with pool_and_queries(database_url, connection_class) as (pool, queries):
             users = USERS[:20]
             ids = {} if kind.startswith("create") else await make_tasks(pool, users)
-            put: list[object] = [True, "changed", False, None, True, True]
+            new, put = values_of("changed", completed=True), changes_of(title="changed", completed=True)
             write: dict[str, Callable[[str], Awaitable[object]]] = {
-                "create": lambda user_id: queries.create_task(user_id, None, None, ["changed", None, True]),
-                "create with a key": lambda user_id: queries.create_task(user_id, "k", "h", ["changed", None, True]),
+                "create": lambda user_id: queries.create_task(user_id, None, None, new),
+                "create with a key": lambda user_id: queries.create_task(user_id, "k", "h", new),
                 "update": lambda user_id: queries.update_task(user_id, ids[user_id], None, put),
                 "toggle": lambda user_id: queries.complete_task(user_id, ids[user_id], None, None),
                 "delete": lambda user_id: queries.delete_task(user_id, ids[user_id], None),

@@ -25,6 +25,7 @@ from tests.support.batches import (
     USERS,
     Message,
     Spy,
+    changes_of,
     failures,
     make_tasks,
     pool_and_queries,
@@ -91,7 +92,7 @@ def test_what_waits_for_a_lock_beyond_the_time_limit_is_unavailable(
             [(user_id, task_id)] = (await make_tasks(pool, ["alice"])).items()
             calls: list[Callable[[], Any]] = [
                 lambda: queries.complete_task(user_id, task_id, None, None),
-                lambda: queries.update_task(user_id, task_id, None, [True, "x", False, None, True, True]),
+                lambda: queries.update_task(user_id, task_id, None, changes_of(title="x", completed=True)),
                 lambda: queries.delete_task(user_id, task_id, None),
             ]
             if "TABLE" in lock:
@@ -209,7 +210,7 @@ def test_changes_of_one_task_go_one_at_a_time(database_url: str, is_locked: bool
     async def check() -> None:
         async with pool_and_queries(database_url, Counted) as (pool, queries):
             ids = await make_tasks(pool, ["alice", "bob"])
-            put = [True, "changed", False, None, False, None]
+            put = changes_of(title="changed")
             with locked_tasks(database_url, *["alice"] * is_locked):
                 changes = [
                     asyncio.create_task(queries.complete_task("alice", ids["alice"], None, None)) for _ in range(19)

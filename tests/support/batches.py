@@ -10,12 +10,26 @@ from typing import Any, ClassVar
 import asyncpg
 
 import sql
+from service import DEFAULTS, FIELDS
 from sql import Queries
 from sql.database import LOCK_TIMEOUT, Connection, apply_schema
 
 Task = dict[str, Any]
 USERS = [f"user-{number}" for number in range(1000)]
-NEW = ["a task", None, False]
+
+
+def values_of(title: str, **fields: object) -> list[object]:
+    """Return what a creation of these fields is given."""
+    given = DEFAULTS | {"title": title} | fields
+    return [given.get(name) for name in FIELDS]
+
+
+def changes_of(**fields: object) -> list[object]:
+    """Return what a change of these fields is given."""
+    return [part for name in FIELDS for part in (name in fields, fields.get(name))]
+
+
+NEW = values_of("a task")
 """The fields of a new task, of which no test asks for more."""
 
 

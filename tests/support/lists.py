@@ -11,7 +11,6 @@ from tests.support.service_process import Service
 
 Task = dict[str, Any]
 
-NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
 COMPLETED = {"all": None, "pending": False, "completed": True}
 
 
@@ -43,13 +42,14 @@ def fill(
 def stored(service: Service, user_id: str | None, status: str = "all") -> list[Task]:
     """Return what a list must have, in its order, by another way than the service's."""
     rows = service.sql(
-        "SELECT id, user_id, title, description, completed, created_at, updated_at FROM task WHERE user_id = %s",
+        "SELECT to_jsonb(task) - 'idempotency_key' - 'request_hash', created_at, updated_at FROM task"
+        " WHERE user_id = %s",
         user_id,
     )
+    tasks = [row | {"created_at": as_text(created), "updated_at": as_text(updated)} for row, created, updated in rows]
     wanted = COMPLETED[status]
-    rows = [row for row in rows if wanted is None or row[4] is wanted]
-    rows.sort(key=lambda row: (row[5], row[0]), reverse=True)
-    return [dict(zip(NAMES, [*row[:5], as_text(row[5]), as_text(row[6])], strict=True)) for row in rows]
+    tasks = [task for task in tasks if wanted is None or task["completed"] is wanted]
+    return sorted(tasks, key=lambda task: (datetime.fromisoformat(task["created_at"]), task["id"]), reverse=True)
 
 
 def as_text(moment: datetime) -> str:
