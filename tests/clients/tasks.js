@@ -7,7 +7,8 @@ async function call(method, path, { body, ...headers } = {}) {
   for (let attempt = 1; ; attempt++) {
     const response = await api(path, { ...options, signal: AbortSignal.timeout(10_000) }).catch(() => null)
     const text = await response?.text().catch(() => null) // the connection may be lost halfway
-    if (text != null && response.status < 500) return { status: response.status, json: text && JSON.parse(text) }
+    const json = response?.headers.get('Content-Type') === 'application/json' // and not a page of a proxy
+    if (text != null && response.status < 500) return { status: response.status, json: json ? JSON.parse(text) : text }
     if (attempt === 10) throw new Error('The service cannot be reached')
     const seconds = response?.headers.get('Retry-After') ?? Math.random() * attempt
     await new Promise((resolve) => setTimeout(resolve, seconds * 1000))
