@@ -103,8 +103,7 @@ REACHING = {
     ),
     "UPDATE that gives a task away": "UPDATE task SET user_id = 'bob' WHERE user_id = $1 AND true",
     "UPDATE that gives a task away among all columns": (
-        "UPDATE task SET ({task}) = (id + 2, 'bob', title, description, completed, created_at, updated_at)"
-        " WHERE user_id = $1 AND true"
+        f"UPDATE task SET ({{task}}) = (id + 2, 'bob', {', '.join(sql.database.NAMES[2:])}) WHERE user_id = $1 AND true"
     ),
     "UPDATE that takes a task over": "UPDATE task SET user_id = $1 WHERE id = $2 AND true",
     "DELETE by the id": "DELETE FROM task WHERE id = $2 AND true RETURNING $1::text",
