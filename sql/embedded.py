@@ -30,7 +30,8 @@ def development_settings(*, start: bool) -> dict[str, str]:
     file.touch(mode=0o600)
     if not file.read_text():
         file.write_text(secrets.token_urlsafe(32))
-    secret = os.environ.get("BETTER_AUTH_SECRET", "").strip() or file.read_text()
+    given = os.environ.get("BETTER_AUTH_SECRET", "")
+    secret = given if given.strip() else file.read_text()
     url = start_postgres(FOLDER) if start else "postgresql://"
     return {"DATABASE_URL": url, "BETTER_AUTH_SECRET": secret, "HOST": "127.0.0.1"}
 

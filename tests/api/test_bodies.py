@@ -1,4 +1,4 @@
-"""Bodies that are refused: no JSON, too large, declared as something else, or with something wrong in it."""
+"""Bodies: no JSON, too large, declared as something else, with something wrong in it, and just valid."""
 
 from __future__ import annotations
 
@@ -166,13 +166,14 @@ def test_a_body_that_is_declared_too_large_is_not_waited_for(
         assert (answer.status, answer.json()) == (413, {"detail": TOO_LARGE}), method
 
 
+@pytest.mark.parametrize("media_type", ["application/json", "text/plain"])
 def test_a_chunked_body_that_is_too_large_is_not_waited_for(
-    service: Service, alice: Client, writes: dict[str, str]
+    service: Service, alice: Client, writes: dict[str, str], media_type: str
 ) -> None:
     chunk = b"%x\r\n%b\r\n" % (LIMIT + 1, b" " * (LIMIT + 1))  # and no last chunk
     for method, path in writes.items():
         headers = {"Authorization": alice.headers["Authorization"], "Transfer-Encoding": "chunked"}
-        answer = exchange(service, method, path, headers, chunk)
+        answer = exchange(service, method, path, headers | {"Content-Type": media_type}, chunk)
         assert (answer.status, answer.json()) == (413, {"detail": TOO_LARGE}), method
 
 
@@ -375,3 +376,22 @@ def test_one_wrong_field_keeps_the_others_from_being_changed(alice: Client, unto
         alice.put(untouched, json={"title": "new", "completed": None}), ("completed", "must be true or false")
     )
     assert_invalid(alice.put(untouched, json={"title": None, "description": None}), ("title", "must be a string"))
+
+
+# --- What is just valid ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("character", "ensure_ascii"),
+    [("a", False), ("\u0301", False), ("\U0001d4b3", False), ("\U0001d4b3", True), ("\x01", True)],
+    ids=ascii,
+)
+def test_the_longest_texts_are_kept(alice: Client, character: str, ensure_ascii: bool) -> None:
+    """In their longest form too, of twelve bytes for a character."""
+    fields = {"title": character * 200, "description": character * 2000}
+    content = json.dumps(fields, ensure_ascii=ensure_ascii).encode()
+    response = alice.post("/api/tasks", content=content)
+    assert response.status_code == 201
+    assert response.json() == response.json() | fields
+    assert alice.put(f"/api/tasks/{response.json()['id']}", content=content).json()["title"] == fields["title"]
+    assert alice.tasks()[0] == alice.tasks()[0] | fields

@@ -1,4 +1,4 @@
-"""Errors: 401, 404, 405, 422 and 500 to the letter, and which of several errors is told."""
+"""Errors: 401 and 500 to the letter, and which of several errors is told."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from tests.support.copies import copy_program
 from tests.support.errors import (
     BLANK,
     LIMIT,
-    NOT_AUTHENTICATED,
     NOT_DECLARED_AS_JSON,
     NOT_JSON,
-    TASK_NOT_FOUND,
     TOO_LARGE,
     assert_error,
     assert_invalid,
     padded,
 )
 from tests.support.service_process import ROOT, Client, Service, new_user_id, token
-from tests.support.wire import RawAnswer, ask, bearer
 
 NO_TASK = "/api/tasks/4611686018427387904"
 
@@ -65,136 +62,6 @@ def test_there_may_be_more_than_one_space_before_a_token(service: Service, alice
     task = alice.create()
     with service.client(headers={"Authorization": f"Bearer  {token(alice.user_id)}"}) as client:
         assert client.tasks() == [task]
-
-
-# --- 404 and 422: ids and statuses -----------------------------------------------------------------------------------
-
-ONE_TASK = [("GET", ""), ("HEAD", ""), ("PUT", ""), ("DELETE", ""), ("PATCH", "/complete")]
-
-
-def ask_for_id(service: Service, client: Client, task_id: str) -> dict[str, RawAnswer]:
-    """Send each request that names a task, with exactly these bytes as its id; return the answers by the methods."""
-    headers = [bearer(client), "Content-Type: application/json", "Content-Length: 2"]
-    return {
-        method: ask(service, f"{method} /api/tasks/{task_id}{action}", *headers, content=b"{}")
-        for method, action in ONE_TASK
-    }
-
-
-@pytest.mark.parametrize(
-    "task_id",
-    ["0", "0" * 5000, "-0", "-1", "-" + "9" * 18, str(-(2**63)), str(2**63 - 1), str(2**63), str(2**64 + 1), "9" * 5000,
-     "-" + "9" * 60_000],
-    ids=lambda task_id: task_id[:22],
-)  # fmt: skip
-def test_an_integer_that_names_no_task_is_not_found(
-    service: Service, alice: Client, untouched: str, task_id: str
-) -> None:
-    for method, answer in ask_for_id(service, alice, task_id).items():
-        assert answer.status == 404, method
-        assert method == "HEAD" or answer.json() == TASK_NOT_FOUND, method
-
-
-def test_an_id_beyond_the_largest_is_not_taken_for_a_small_one(alice: Client, untouched: str) -> None:
-    task_id = int(untouched.rpartition("/")[2])
-    for other in (task_id + 2**32, task_id + 2**63, task_id + 2**64, -task_id):
-        assert_error(alice.delete(f"/api/tasks/{other}"), 404, "Task not found")
-
-
-NO_INTEGERS = [
-    "abc", "1.0", "1_0", "+1", "%201", "1%20", "%EF%BC%91%EF%BC%92", "%C2%B2", "%E2%88%921", "1e3", "--1", "-", "%00",
-    "1%00", "1%0A", "%0A1", "%FF", "1'%20OR%20'1'='1", "complete", "a" * 60_000,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("task_id", NO_INTEGERS, ids=lambda task_id: task_id[:20])
-def test_an_id_must_be_a_decimal_integer(service: Service, alice: Client, untouched: str, task_id: str) -> None:
-    message = "must be a decimal integer"
-    errors = [{"field": "task_id", "message": message}]
-    for method, answer in ask_for_id(service, alice, task_id).items():
-        assert answer.status == 422, method
-        assert method == "HEAD" or answer.json() == {"detail": f"task_id {message}", "errors": errors}, method
-
-
-@pytest.mark.parametrize(
-    "status",
-    ["done", "ALL", "true", "all,pending", "all%20", "%20all", "all%00", "completed%0A", "%ff", "'%20OR%20'1'='1",
-     "x" * 60_000],
-    ids=lambda status: status[:20],
-)  # fmt: skip
-def test_an_unknown_status_is_refused(alice: Client, untouched: str, status: str) -> None:
-    error = ("status", "must be one of all, pending, completed")
-    assert_invalid(alice.get(f"/api/tasks?status={status}"), error)
-    assert alice.get(f"{untouched}?status={status}").status_code == 200  # one task has no such parameter
-
-
-# --- 404: no such path -----------------------------------------------------------------------------------------------
-
-UNDER_API = [
-    "/api", "/api/", "/api/nothing", "/api/task", "/api/Tasks", "/api/tasks//", "/api//tasks", "/api/tasks/../tasks",
-    "/api/tasks%20", "/api/tasks%00", "/api/tasks%0A", "/api%2ftasks%2f%2f", "{}/nothing", "{}/Complete", "{}/2",
-    "{}%2F2", "{}/complete/x", "{}//complete", "{}/complete//", "{}/complete%0A",
-]  # fmt: skip
-BESIDE_API = [
-    "/nothing", "/tasks", "/apitasks", "/API/tasks", "//api/tasks", "/./api/tasks", "/x/../api/tasks", "/%2fapi/tasks",
-    "/%252fapi/tasks", "/\\api\\tasks", "*", "/Health", "/health/live", "/health%20", "/health%0A", "/%0A", "/%00",
-    "/%ff", "/docs/nothing", "/docs/..%2fservice.py", "/docs/%2e%2e/%2e%2e/etc/passwd", "/docs/__init__.py",
-    "/docs/swagger_bundle.js/x", "/service.py", "/sql/schema.sql", "/.env", "/.postgres/secret", "/redoc;x=1",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("path", UNDER_API)
-def test_an_unknown_path_under_api_is_not_found_with_a_token(
-    service: Service, alice: Client, untouched: str, path: str
-) -> None:
-    """With exactly these bytes as the path, {} for that of a task: an HTTP client would put some in order first."""
-    line = path.replace("{}", untouched)
-    for method in ("GET", "PATCH"):
-        answer = ask(service, f"{method} {line}", bearer(alice))
-        assert (answer.status, answer.json()) == (404, {"detail": "Not Found"}), method
-        assert answer.headers["content-type"] == "application/json"
-        answer = ask(service, f"{method} {line}")
-        assert (answer.status, answer.json()) == (401, NOT_AUTHENTICATED), method
-
-
-@pytest.mark.parametrize("path", BESIDE_API)
-def test_another_unknown_path_is_not_found_with_a_token_and_without(service: Service, alice: Client, path: str) -> None:
-    alice.create()
-    for headers in ([], [bearer(alice)]):
-        answer = ask(service, f"GET {path}", *headers)
-        assert (answer.status, answer.json()) == (404, {"detail": "Not Found"})
-        assert answer.headers["content-type"] == "application/json"
-
-
-# --- 405: no such method ---------------------------------------------------------------------------------------------
-
-ALLOW = {
-    "/api/tasks": {"GET", "HEAD", "POST"},
-    "/api/tasks/": {"GET", "HEAD", "POST"},
-    "/api/tasks/1": {"GET", "HEAD", "PUT", "DELETE"},
-    "/api/tasks/x": {"GET", "HEAD", "PUT", "DELETE"},
-    "/api/tasks/1/complete": {"PATCH"},
-    "/": {"GET", "HEAD"},
-    "/health": {"GET", "HEAD"},
-    "/health/ready/": {"GET", "HEAD"},
-    "/docs": {"GET", "HEAD"},
-    "/docs/swagger_bundle.js": {"GET", "HEAD"},
-    "/redoc": {"GET", "HEAD"},
-    "/openapi.json": {"GET", "HEAD"},
-}
-METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "PURGE", "QUERY"}
-
-
-@pytest.mark.parametrize("path", ALLOW)
-def test_a_method_that_a_path_does_not_have_is_refused(alice: Client, path: str) -> None:
-    for method in sorted(METHODS - ALLOW[path]):
-        response = alice.request(method, path)
-        allowed = response.headers.get("allow", "")
-        assert set(allowed.split(", ")) == ALLOW[path], method
-        if method == "HEAD":
-            assert (response.status_code, response.content) == (405, b"")
-        else:
-            assert_error(response, 405, "Method Not Allowed", Allow=allowed)
 
 
 # --- 500: a bug ------------------------------------------------------------------------------------------------------

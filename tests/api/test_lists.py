@@ -1,4 +1,4 @@
-"""Lists: whole, in order and one's own; short ones in one text with an ETag, long ones in pages."""
+"""Lists: whole, in order and one's own, of a status; short ones in one text with an ETag, long ones in pages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import httpx
 import pytest
 
+from tests.support.errors import assert_invalid
 from tests.support.lists import COMPLETED, fill, pages_read, stored
 from tests.support.postgres import Postgres
 from tests.support.service_process import Client, Service
@@ -216,3 +217,18 @@ def test_a_list_is_read_in_pages_and_no_page_twice(postgres: Postgres, observed:
     fill(observed, carol.user_id, 369)
     assert carol.tasks() == stored(observed, carol.user_id)
     assert pages_read(postgres, carol.user_id) == [50, 320]
+
+
+# --- The status ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "status",
+    ["done", "ALL", "true", "all,pending", "all%20", "%20all", "all%00", "completed%0A", "%ff", "'%20OR%20'1'='1",
+     "x" * 60_000],
+    ids=lambda status: status[:20],
+)  # fmt: skip
+def test_an_unknown_status_is_refused(alice: Client, untouched: str, status: str) -> None:
+    error = ("status", "must be one of all, pending, completed")
+    assert_invalid(alice.get(f"/api/tasks?status={status}"), error)
+    assert alice.get(f"{untouched}?status={status}").status_code == 200  # one task has no such parameter

@@ -1,9 +1,10 @@
-"""Timestamps: their form, their order, and that no setting of the database changes them."""
+"""Timestamps: their form and order, whatever the settings of the database; updated_at grows with every change."""
 
 from __future__ import annotations
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import psycopg
@@ -11,6 +12,7 @@ import pytest
 
 from tests.support.fixtures import StartService
 from tests.support.service_process import Client, Service
+from tests.support.tasks import KINDS_OF_CHANGE
 
 # --- Timestamps ------------------------------------------------------------------------------------------------------
 
@@ -70,3 +72,27 @@ def test_timestamps_do_not_depend_on_the_settings_of_the_database(
         assert abs(datetime.fromisoformat(task["created_at"]).timestamp() - time.time()) < 60
         changed = alice.put(f"/api/tasks/{task['id']}", json={"title": "new"}).json()
         assert abs(datetime.fromisoformat(changed["updated_at"]).timestamp() - time.time()) < 60
+
+
+# --- The version: updated_at -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "action", "body", "changes"), [change for change in KINDS_OF_CHANGE if change.values[3]]
+)
+def test_a_change_moves_an_updated_at_in_the_future_by_a_microsecond(
+    service: Service, alice: Client, method: str, action: str, body: object, changes: object
+) -> None:
+    """As a row has one that was written by a server whose clock was ahead."""
+    task = alice.create(description="Two litres")
+    service.sql("UPDATE task SET updated_at = '2100-01-01T00:00:00.999999Z' WHERE id = %s", task["id"])
+    changed = alice.request(method, f"/api/tasks/{task['id']}{action}", json=body).json()
+    assert changed["updated_at"] == "2100-01-01T00:00:01+00:00"
+
+
+def test_changes_in_one_instant_have_an_updated_at_each(alice: Client) -> None:
+    task = alice.create()
+    path = f"/api/tasks/{task['id']}"
+    with ThreadPoolExecutor(8) as threads:
+        changed = threads.map(lambda n: alice.put(path, json={"title": str(n)}).json()["updated_at"], range(40))
+    assert len({task["updated_at"], *changed}) == 41

@@ -187,6 +187,11 @@ def test_the_secret_is_used_as_its_utf_8_text(strict_http: Client) -> None:
     user, secret = new_user(), STRICT_SECRET
     assert caller(strict_http, sign_strictly(user)) == user
     payload = claims(user, aud=AUDIENCE, iss=ISSUER)
-    for key in (secret.encode("utf-16-le"), secret.encode("ascii", "ignore"), secret.encode("ascii", "replace")):
+    for key in (
+        secret.strip().encode(),
+        secret.encode("utf-16-le"),
+        secret.encode("ascii", "ignore"),
+        secret.encode("ascii", "replace"),
+    ):
         assert_refused(ask_with(strict_http, sign(payload, key=key)))
     assert_refused(ask_with(strict_http, sign(payload)))

@@ -418,8 +418,11 @@ def test_the_default_port_is_8000(project: Kept) -> None:
 
 
 def test_a_secret_of_ones_own_is_used(project: Kept) -> None:
-    secret = "a secret of one's own, of 32 characters or more"
+    """As its text, white space around it too."""
+    secret = " a secret of one's own, of 32 characters or more\n"
     with project.serving(BETTER_AUTH_SECRET=secret) as client:
+        headers = {"Authorization": f"Bearer {token('alice', secret=secret)}"}
+        assert client.get("/api/tasks", headers=headers).json() == {"items": [project.task]}
         headers = project.authorization("alice", BETTER_AUTH_SECRET=secret)
         assert client.get("/api/tasks", headers=headers).json() == {"items": [project.task]}
         assert client.get("/api/tasks", headers=project.alice).status_code == 401

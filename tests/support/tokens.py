@@ -65,7 +65,7 @@ def assert_refused(response: httpx.Response, detail: str = "Invalid token") -> N
     assert response.headers["content-type"] == "application/json"
 
 
-STRICT_SECRET = "Schlüssel, 密码, 🔑 and a few letters more"
+STRICT_SECRET = " Schlüssel, 密码, 🔑 and a few letters more\n"
 AUDIENCE = "https://app.example.com"
 ISSUER = "https://auth.example.com"
 
