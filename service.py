@@ -167,8 +167,10 @@ async def read_body(request: Request) -> bytearray:
     length = float(headers.get("content-length", 0))  # int() refuses thousands of digits
     if length > BODY_LIMIT:
         raise ApiError(413)
-    upgrade = "upgrade" in headers and "upgrade" in headers.get("connection", "").lower()
-    if upgrade and (length or "transfer-encoding" in headers):  # httptools does not parse such a body
+    connection = f"{header(request, b'connection')}, {header(request, b'proxy-connection')}".lower()
+    if (
+        "upgrade" in headers and "upgrade" in connection and (length or "transfer-encoding" in headers)
+    ):  # httptools does not parse such a body
         raise ApiError(400, "A request with a body must not offer an upgrade")
     async for chunk in request.stream():
         content += chunk
@@ -391,12 +393,19 @@ async def list_response(request: Request, completed: bool | None) -> Response:
     pieces = in_json(queries(request).list_tasks(request.user, completed))
     piece, count = await anext(pieces)
     text = bytearray(piece)
-    if count == FIRST_PAGE:  # there may be more
-        async with asyncio.timeout(TIMEOUT), request.state.long_lists:
-            async for piece, count in pieces:
+
+    def is_long() -> bool:
+        return count > WHOLE_LIST_TASKS or len(text) + len("]}") > WHOLE_LIST_BYTES
+
+    if count == FIRST_PAGE and not is_long():  # there may be more
+        turn = queries(request).turn(request.user, "long list", LONG_LISTS)
+        async with asyncio.timeout(TIMEOUT), turn, request.state.long_lists:
+            async for piece, count in pieces:  # noqa: B007  is_long sees it
                 text += piece
-                if count > WHOLE_LIST_TASKS or len(text) + len("]}") > WHOLE_LIST_BYTES:
-                    return StreamingResponse(stream(request, text, pieces), media_type="application/json")
+                if is_long():
+                    break
+    if is_long():
+        return StreamingResponse(stream(request, text, pieces), media_type="application/json")
     text += b"]}"
     # The ETag is of the content, so it is right whatever has happened to the list.
     headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
@@ -468,13 +477,15 @@ class Answers:
         bug = None
         try:
             await app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            scope["error"] = "cut off, as the service was stopped"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             if isinstance(error.__cause__, Unavailable):
                 scope["error"] = reason(error.__cause__)
             else:
                 bug = error
         ms = (time.perf_counter() - started) * 1000
-        status = scope.get("status", 0)
+        status = scope.get("status", 500)
         line = f"method={scope['method']} path={logfmt(path[:200])} status={status} ms={ms:.1f} id={request_id}"
         line += "".join(f" {name}={logfmt(scope[name])}" for name in ("user", "error") if name in scope)
         if bug:

@@ -23,6 +23,7 @@ RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds of a batch after which the next ones get another connection
 FIRST_PAGE, NEXT_PAGE = 50, 320  # tasks of a list; the first page shares a batch, so it is small
+READS_AT_ONCE = 3  # of a user and a statement, that go alone
 BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
 
 # WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
@@ -94,13 +95,17 @@ class Queries:
         self.senders: set[asyncio.Task[None]] = set()
         self.half = pool.get_max_size() // 2  # of the connections; the other half is always for senders
         self.alone = asyncio.Semaphore(max(1, self.half))
-        # For each task that is changed, and for each user of whom calls have met a lock in the database.
-        self.turns: WeakValueDictionary[tuple[str, object], asyncio.Lock] = WeakValueDictionary()
+        # For each task that is changed, and for each user and statement that goes alone.
+        self.turns: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def apply_schema(self) -> None:
         """Apply the schema, however long the database takes to appear."""
         await apply_schema_when_possible(self.pool)
         self.schema_applied = True
+
+    def turn(self, user_id: str, of: object, at_once: int = 1) -> asyncio.Semaphore:
+        """Return the semaphore by which a user does so many of these at once, so that the others wait for no more."""
+        return self.turns.setdefault((user_id, of), asyncio.Semaphore(at_once))
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
         """Return a task, or None where the caller has none with this id."""
@@ -143,9 +148,8 @@ class Queries:
         # A process makes one change of a task at a time: others would only hold connections. A change that had to wait
         # is sent alone, since the reason may be a lock, which would hold up a batch.
         busy = (user_id, task_id) in self.turns
-        turn = self.turns.setdefault((user_id, task_id), asyncio.Lock())
         try:
-            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), turn:
+            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.turn(user_id, task_id):
                 return await self._send_one(statement, user_id, task_id, *parameters, alone=busy)
         except TimeoutError as error:
             raise classified(error) from None
@@ -158,7 +162,6 @@ class Queries:
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
         deadline, pause, resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
-        turn: Any = nullcontext()
         with self.span(statement):
             while True:
                 call = Call(user_id, parameters, self.loop.create_future(), deadline)
@@ -166,7 +169,8 @@ class Queries:
                     if alone:
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
-                            async with turn, self.alone:
+                            at_once = READS_AT_ONCE if statement in READS else 1  # which may wait for a lock
+                            async with self.turn(user_id, statement, at_once), self.alone:
                                 await self._send_calls(statement, [call])
                     elif statement in self.waiting:
                         self.waiting[statement].append(call)
@@ -182,8 +186,6 @@ class Queries:
                     resend = resend and not lost
                     pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
                     alone = True
-                    if not_yet:  # one at a time for each user, so that those who wait for locks hold up nobody else
-                        turn = self.turns.setdefault((user_id, None), asyncio.Lock())
 
     def _start_sender(self, statement: str, calls: list[Call]) -> None:
         self.waiting[statement] = calls  # to which others are appended

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import select
+from contextlib import ExitStack
 
 import httpx
 import pytest
 
 from tests.support.errors import assert_invalid
+from tests.support.fixtures import StartService
 from tests.support.lists import COMPLETED, fill, pages_read, stored
 from tests.support.postgres import Postgres
 from tests.support.service_process import Client, Service
+from tests.support.wire import Raw, bearer
 
 MIB = 2**20
 
@@ -217,6 +221,35 @@ def test_a_list_is_read_in_pages_and_no_page_twice(postgres: Postgres, observed:
     fill(observed, carol.user_id, 369)
     assert carol.tasks() == stored(observed, carol.user_id)
     assert pages_read(postgres, carol.user_id) == [50, 320]
+
+
+@pytest.mark.parametrize("count", [40, 50, 60])
+def test_a_list_of_few_tasks_and_more_than_one_mib_is_streamed(
+    start_service: StartService, database_url: str, count: int
+) -> None:
+    """As the table of another program may have had them."""
+    service = start_service(database_url)
+    service.wait_until_ready()
+    service.sql("ALTER TABLE task DROP CONSTRAINT task_description")
+    fill(service, "alice", count, description="x" * 30_000)
+    with service.client("alice") as client:
+        response = client.get("/api/tasks")
+    assert_streamed(response)
+    assert response.json()["items"] == stored(service, "alice")
+
+
+def test_the_long_lists_of_one_user_are_in_front_of_no_other_users(
+    service: Service, alice: Client, bob: Client
+) -> None:
+    fill(service, alice.user_id, 1000)
+    fill(service, bob.user_id, 100)
+    with ExitStack() as stack:
+        connections = [stack.enter_context(Raw(service)) for _ in range(60)]
+        for connection in connections:
+            connection.send("GET /api/tasks", bearer(bob if connection is connections[-1] else alice))
+        assert len(connections[-1].answer().json()["items"]) == 100
+        answered, _, _ = select.select([connection.socket for connection in connections[:-1]], [], [], 0)
+        assert len(answered) < 30
 
 
 # --- The status ------------------------------------------------------------------------------------------------------

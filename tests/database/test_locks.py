@@ -430,14 +430,35 @@ def test_long_lists_leave_half_of_the_pool_to_others(database_url: str) -> None:
     async def check() -> None:
         Slow.pages = Slow.most_pages = 0
         async with pool_and_queries(database_url, Slow) as (pool, queries):
-            await pool.execute("INSERT INTO task (user_id, title) SELECT 'long', 'x' FROM generate_series(1, 2000)")
-            lists = [asyncio.create_task(whole_list(queries, "long")) for _ in range(12)]
+            long = [f"long-{number}" for number in range(12)]
+            fill = "INSERT INTO task (user_id, title) SELECT unnest($1::text[]), 'x' FROM generate_series(1, 2000)"
+            await pool.execute(fill, long)
+            lists = [asyncio.create_task(whole_list(queries, user_id)) for user_id in long]
             await wait_in_loop_until(lambda: Slow.pages == 2)
             for user_id in USERS[:20]:
                 assert await queries.get_task(user_id, 1) is None
             assert not any(each.done() for each in lists)
             assert [len(each) for each in await asyncio.gather(*lists)] == [2000] * 12
             assert Slow.most_pages == 2  # of the four connections
+
+    asyncio.run(check())
+
+
+def test_what_one_user_does_at_once_is_in_front_of_no_page_of_another(database_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(database_url) as (pool, queries):
+            fill = "INSERT INTO task (user_id, title) SELECT $1, 'x' FROM generate_series(1, $2::int) RETURNING id"
+            ids = [row["id"] for row in await pool.fetch(fill, "alice", 2000)]
+            await pool.execute(fill, "bob", 400)
+            busy: list[asyncio.Task[object]] = [asyncio.create_task(whole_list(queries, "alice")) for _ in range(40)]
+            for _ in range(4):
+                busy += [asyncio.create_task(queries.complete_task("alice", id, None, None)) for id in ids[:20]]
+            await wait_in_loop_until(lambda: any(message.calls[0][-1] == sql.NEXT_PAGE for message in Spy.sent))
+            before = len(Spy.sent)
+            assert len(await whole_list(queries, "bob")) == 400
+            assert sum(message.calls[0][0] == "alice" for message in Spy.sent[before:]) < 30
+            assert not all(each.done() for each in busy)
+            await asyncio.gather(*busy)
 
     asyncio.run(check())
 

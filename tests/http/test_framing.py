@@ -186,6 +186,8 @@ UPGRADES = [
     ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {KEY}"],
     ["Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABkAAQAAP__"],
     ["Upgrade: TLS/1.0", "Connection: keep-alive, upgrade"],
+    ["Connection: close", "Connection: Upgrade", "Upgrade: h2c"],
+    ["Proxy-Connection: Upgrade", "Upgrade: h2c"],
 ]
 
 
@@ -226,7 +228,7 @@ def test_a_body_beside_an_offer_to_upgrade_is_refused(
 @pytest.mark.parametrize(
     ("line", "headers", "status"),
     [*(("GET /api/tasks/0", upgrade, 404) for upgrade in UPGRADES), ("CONNECT localhost:443", [], 400)],
-    ids=["websocket", "h2c", "TLS", "CONNECT"],
+    ids=["websocket", "h2c", "TLS", "two lines", "Proxy-Connection", "CONNECT"],
 )
 def test_a_body_beside_an_offer_to_upgrade_is_not_taken_for_a_request(
     service: Service, alice: Client, raw: Raw, line: str, headers: list[str], status: int
