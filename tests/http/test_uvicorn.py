@@ -20,7 +20,7 @@ OVERRIDDEN = {
     "on_response_complete",
 }  # fmt: skip
 USED = {
-    "self": {"parser", "loop", "transport", "connections", "flow", "cycle", "headers",
+    "self": {"parser", "loop", "transport", "connections", "flow", "cycle", "headers", "url",
              "timeout_keep_alive"},
     "cycle": {"keep_alive", "response_started", "response_complete"},
     "flow": {"resume_reading"},
