@@ -498,7 +498,7 @@ def run_schemathesis(service: Service, folder: Path, *options: str) -> Document:
 
 
 def test_schemathesis_finds_nothing(start_service: StartService, database_url: str, tmp_path: Path) -> None:
-    report = run_schemathesis(start_service(database_url), tmp_path, "--generation-deterministic", "--max-examples=40")
+    report = run_schemathesis(start_service(database_url), tmp_path, "--generation-deterministic", "--max-examples=25")
     assert report["operations"]["tested"] == len(STATUSES)
     assert {name: phase["status"] for name, phase in report["phases"].items()} == dict.fromkeys(
         ("examples", "coverage", "fuzzing", "stateful"), "success"
@@ -514,4 +514,4 @@ def test_schemathesis_finds_nothing_in_a_long_run(
     start_service: StartService, database_url: str, tmp_path: Path
 ) -> None:
     """Each run is another one; a failure prints the seed that repeats it."""
-    run_schemathesis(start_service(database_url), tmp_path, "--max-examples=250", "--continue-on-failure")
+    run_schemathesis(start_service(database_url), tmp_path, "--max-examples=100", "--continue-on-failure")

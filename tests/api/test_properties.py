@@ -18,8 +18,8 @@ from service import FIELDS
 from tests.support.service_process import Client, Service
 
 # The same examples in every run, so that a failure in CI is nobody's bad luck; no deadline, so that slowness is none.
-few = settings(max_examples=120, derandomize=True, deadline=None, database=None)
-many = settings(few, max_examples=250)
+few = settings(max_examples=100, derandomize=True, deadline=None, database=None)
+many = settings(few, max_examples=200)
 
 
 @pytest.fixture(scope="module")

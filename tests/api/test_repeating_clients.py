@@ -169,7 +169,7 @@ class Persistent:
         del self.tasks[task["id"]]
 
 
-@pytest.mark.parametrize("operations", [2_000, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("operations", [2_000, pytest.param(6_000, marks=pytest.mark.long)])
 def test_a_client_that_repeats_its_writes_has_what_it_meant_to_have(three_processes: Service, operations: int) -> None:
     """Four clients of each of two users, each with tasks of its own."""
     users = [new_user_id(), new_user_id()]

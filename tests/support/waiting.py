@@ -21,6 +21,11 @@ def wait_until(
     return value
 
 
+def told(seconds: float) -> str:
+    """Return seconds as they are told, which are not measured more closely than to a tenth."""
+    return f"{seconds:.1f} s" if seconds >= 0.1 else "less than 0.1 s"
+
+
 async def wait_in_loop_until(condition: Callable[[], object]) -> None:
     """Wait as `wait_until` does, while the event loop goes on."""
     async with asyncio.timeout(10):

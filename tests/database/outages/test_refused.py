@@ -29,6 +29,7 @@ from tests.support.outages import (
 )
 from tests.support.postgres import Postgres, held_port
 from tests.support.service_process import Client, Service, running, token
+from tests.support.waiting import told
 
 # --- Full, forbidden, dropped, read-only
 
@@ -52,7 +53,7 @@ def test_a_server_without_a_free_connection_is_a_503(
     assert_healed(service, alice, [task])
     figures(
         "Others have all the connections of the database",
-        f"503; as usual {time.monotonic() - freed:.1f} s after they let go",
+        f"503; as usual {told(time.monotonic() - freed)} after they let go",
     )
 
 

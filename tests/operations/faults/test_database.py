@@ -16,7 +16,7 @@ from tests.support.fixtures import Figures, StartService
 from tests.support.load import Caller
 from tests.support.postgres import Postgres
 from tests.support.service_process import Service
-from tests.support.waiting import wait_until
+from tests.support.waiting import told, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.fault, pytest.mark.anyio]
 
@@ -49,7 +49,7 @@ async def test_a_database_that_restarts_or_is_killed_loses_nothing(
     figures(
         "PostgreSQL restarts once and is killed three times, under load",
         f"{creations:,} creations, none lost, none doubled; {promises.count(503):,} of {len(promises.answers):,}"
-        f" answers were 503, the last one {max(healed):.1f} s after the database took connections again",
+        f" answers were 503, the last one {told(max(healed))} after the database took connections again",
     )
 
 
@@ -83,7 +83,7 @@ async def test_a_failover_to_a_synchronous_standby_loses_nothing(
     figures(
         "The primary is killed under load and its synchronous standby promoted",
         f"{len(promises.kept) + len(promises.deleted):,} creations, none lost, none doubled; the last 503"
-        f" {recovered:.1f} s after the kill",
+        f" {told(recovered)} after the kill",
     )
 
 
