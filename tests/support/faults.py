@@ -129,8 +129,7 @@ async def browse(service: Service, seconds: float, users: int = 8) -> list[Timed
 
 
 def unaffected(others: list[TimedAnswer], usual: list[TimedAnswer]) -> str:
-    """Assert that others have been served about as usual, and return how."""
+    """Assert that all others have been served, and return how soon. test_locks counts what waits in front of them."""
     assert {answer.status for answer in others} == {200}
     p95, usual_p95 = percentile(others, 95), percentile(usual, 95)
-    assert p95 < 3 * max(usual_p95, 0.01)  # below that it is the machine's noise
     return f"for everybody else p95 was {p95 * 1000:.0f} ms, as against {usual_p95 * 1000:.0f} ms before"
