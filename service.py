@@ -24,6 +24,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -993,9 +994,13 @@ def create_app(settings: Settings) -> ASGIApp:
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
 HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of the body or the trailers are complete
 REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or of a connection, to the end of the request
-UNREAD_TIMEOUT = 300.0  # seconds for which a client may read nothing of an answer
-TICK = 1.0  # seconds between two looks at whether a connection is overdue
+UNREAD_TIMEOUT = 300_000  # milliseconds for which a client may read nothing of an answer
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
+REFUSALS = {
+    400: "The request must be valid HTTP/1.1",
+    408: f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds",
+    431: f"The head of a request must have at most {HEAD_LIMIT} bytes",
+}
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -1014,34 +1019,32 @@ class HttpProtocol(HttpToolsProtocol):
         self.written: list[bytes] = []  # and not sent yet
         self.arriving = False  # whether a request has begun and is not complete
         self.size = 0  # bytes since the last complete head or piece of a body
-        self.waited = 0.0  # seconds since the client or the service did something
-        self.unread = 0  # bytes that wait for the client
-        self.loop.call_later(TICK, self.check)
-
-    def is_answering(self) -> bool:
-        return bool(self.cycle) and not self.arriving and not self.cycle.response_complete
+        self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # by which Linux closes a connection whose client reads nothing
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
-        valid = True
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if self.is_answering():  # the error is in what follows the request; or an upgrade, which is not made
+            if self.arriving:
+                self.refuse(431 if self.size > HEAD_LIMIT else 400)
+            else:  # the error is in what follows the request; or an upgrade, which is not made
                 self.cycle.keep_alive = False
-                return
-            valid = False
-        if self.size > HEAD_LIMIT and (self.arriving or not valid):
-            self.refuse(431, f"The head of a request must have at most {HEAD_LIMIT} bytes")
-        elif not valid:
-            self.refuse(400, "The request must be valid HTTP/1.1")
+            return
+        if self.arriving and self.size > HEAD_LIMIT:
+            self.refuse(431)
+        elif self.arriving and self.deadline.cancelled():
+            self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:
-        if self.is_answering():
+        if self.cycle and not self.cycle.response_complete:
             raise ValueError("bytes have come before the answer")
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self.cycle = None  # type: ignore[assignment]  # until the head is complete
-        self.arriving, self.waited = True, 0.0
+        self.arriving = True
 
     def on_headers_complete(self) -> None:
         # `size` counts the beginning of the body too, if it came in the same piece.
@@ -1057,23 +1060,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self.arriving, self.waited = False, 0.0
+        self.arriving = False
+        self.deadline.cancel()
         self.cycle.keep_alive &= self.parser.should_keep_alive()  # which a trailer may have changed
         if self.cycle.response_complete and not self.cycle.keep_alive:
             self.close()
-
-    def on_response_complete(self) -> None:
-        """Wait for the next request, without uvicorn's timer for each."""
-        self.flow.resume_reading()
-        self.waited = 0.0
 
     def write(self, data: bytes) -> None:
         """Collect the head and the body of an answer, which uvicorn writes one by one, to send them in one packet."""
         if not self.written:
             self.loop.call_soon(self.flush)
         self.written.append(data)
-        if len(data) > 65_536:  # let flow control know of it before the next
-            self.flush()
 
     def flush(self) -> None:
         if self.written and not self.is_closing():
@@ -1084,26 +1081,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.flush()
         self.connection.close()
 
-    def check(self) -> None:
-        """Close the connection if the client is late, or has read nothing for too long; check again after a TICK."""
-        if self not in self.connections:
-            return
-        unread = self.connection.get_write_buffer_size()
-        if unread != self.unread or (self.is_answering() and not unread):
-            self.unread, self.waited = unread, 0.0
-        self.waited += TICK
-        limit = self.timeout_keep_alive if self.cycle and not self.arriving else REQUEST_TIMEOUT
-        if self.waited > (UNREAD_TIMEOUT if unread else limit):
-            if self.arriving and not unread:
-                self.refuse(408, f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds")
-            else:
-                self.connection.abort()
-        self.loop.call_later(TICK, self.check)
-
-    def refuse(self, status: int, detail: str) -> None:
-        """Close the connection, with an error unless an answer has begun."""
-        if not (self.cycle and self.cycle.response_started):
-            error = JSONResponse({"detail": detail}, status, {"Connection": "close"})
+    def refuse(self, status: int) -> None:
+        """Close the connection, with an error if a request is arriving whose answer has not begun."""
+        if self.arriving and not (self.cycle and self.cycle.response_started):
+            error = JSONResponse({"detail": REFUSALS[status]}, status, {"Connection": "close"})
             head = b"".join(b"%b: %b\r\n" % header for header in error.raw_headers)
             self.write(STATUS_LINE[status] + head + b"\r\n" + error.body)
         self.close()

@@ -1,7 +1,7 @@
 """Starts the service of the current folder with other constants than its own.
 
-TEST_CONSTANTS has them as JSON: {"service.TICK": 0.1, "sql.MAX_BATCH": 2}. Each worker sets them too: it imports this
-file before it does anything else. No module of the tests is imported, so that nothing else differs.
+TEST_CONSTANTS has them as JSON: {"service.KEEP_ALIVE": 1, "sql.MAX_BATCH": 2}. Each worker sets them too: it imports
+this file before it does anything else. No module of the tests is imported, so that nothing else differs.
 """
 
 import importlib
