@@ -323,7 +323,7 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
-WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20  # longer lists are streamed
+WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20 - len("]}")  # longer lists are streamed
 LONG_LISTS = 3  # lists of more than a page that are put together at once, which bounds the memory for them
 RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
 
@@ -390,50 +390,30 @@ def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | N
 
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
-    pieces = in_json(queries(request).list_tasks(request.user, completed))
-    piece, count = await anext(pieces)
-    text = bytearray(piece)
-
-    def is_long() -> bool:
-        return count > WHOLE_LIST_TASKS or len(text) + len("]}") > WHOLE_LIST_BYTES
-
-    if count == FIRST_PAGE and not is_long():  # there may be more
+    pages = queries(request).list_tasks(request.user, completed)
+    page = await anext(pages)
+    text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
+    if count == FIRST_PAGE:  # there may be more
         turn = queries(request).turn(request.user, "long list", LONG_LISTS)
         async with asyncio.timeout(TIMEOUT), turn, request.state.long_lists:
-            async for piece, count in pieces:  # noqa: B007  is_long sees it
-                text += piece
-                if is_long():
-                    break
-    if is_long():
-        return StreamingResponse(stream(request, text, pieces), media_type="application/json")
+            while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
+                text += b"," + to_json(page)[1:-1]
+                count += len(page)
+    if count > WHOLE_LIST_TASKS or len(text) > WHOLE_LIST_BYTES:
+        return StreamingResponse(stream(request, text, pages), media_type="application/json")
     text += b"]}"
     # The ETag is of the content, so it is right whatever has happened to the list.
     headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
     return Response(memoryview(text), 200, headers, "application/json")
 
 
-async def in_json(pages: AsyncIterator[list[Record]]) -> AsyncIterator[tuple[bytes, int]]:
-    """Yield the JSON of a list in pieces, all but its end, each with the number of tasks so far.
-
-    The pieces are small, so that little JSON is made that a client may never read.
-    """
-    start, count = b'{"items":[', 0
-    async for page in pages:
-        for rows in [page[first : first + FIRST_PAGE] for first in range(0, len(page), FIRST_PAGE)]:
-            count += len(rows)
-            yield b"".join([start, memoryview(to_json(rows))[1:-1]]), count
-            start = b","
-    if count == 0:
-        yield start, count
-
-
-async def stream(request: Request, text: bytearray, pieces: AsyncIterator[tuple[bytes, int]]) -> AsyncIterator[Any]:
+async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Record]]) -> AsyncIterator[Any]:
     """Yield the JSON of a long list. An exception ends the connection, so that no client takes it for whole."""
     if request.method != "HEAD":
         yield memoryview(text)
         del text
-        async for piece, _ in pieces:
-            yield piece
+        async for page in pages:
+            yield b"," + to_json(page)[1:-1]
         yield b"]}"
 
 

@@ -109,27 +109,29 @@ class Queries:
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
         """Return a task, or None where the caller has none with this id."""
-        return await self._send_one(GET_TASK, user_id, task_id)
+        rows = await self._send(GET_TASK, user_id, task_id)
+        return rows[0] if rows else None
 
     async def list_tasks(self, user_id: str, completed: bool | None) -> AsyncIterator[list[Record]]:
-        """Yield the caller's tasks in pages, newest first: all of them, or those that are completed or are not."""
+        """Yield the caller's tasks in lists, newest first: all of them, or those that are completed or are not."""
         statement, status = (LIST_TASKS, ()) if completed is None else (LIST_TASKS_BY_STATUS, (completed,))
         size, page = FIRST_PAGE, await self._send(statement, user_id, *BEFORE_ALL, FIRST_PAGE, *status)
         yield page
         while len(page) == size:
             last, size = (page[-1]["created_at"], page[-1]["id"]), NEXT_PAGE
             page = await self._send(statement, user_id, *last, size, *status, alone=True)
-            yield page
+            for first in range(0, len(page), FIRST_PAGE):  # short ones: a client may never read the JSON of the others
+                yield page[first : first + FIRST_PAGE]
 
     async def create_task(self, user_id: str, key: str | None, request_hash: str | None, values: list[Any]) -> Task:
         """Return a new task, or the one that the key has made; None where it came with another request then."""
         for _ in range(3):  # as the task of the key may be deleted in between
-            if task := await self._send_one(CREATE_TASK, user_id, key, request_hash, *values):
-                return task
+            if rows := await self._send(CREATE_TASK, user_id, key, request_hash, *values):
+                return rows[0]
             if key is None:
                 raise Refused  # by a trigger
-            if task := await self._send_one(GET_TASK_BY_KEY, user_id, key, request_hash):
-                return task if task["same_request"] else None
+            if rows := await self._send(GET_TASK_BY_KEY, user_id, key, request_hash):
+                return rows[0] if rows[0]["same_request"] else None
         raise Unavailable("the task of the key is made and deleted all the time")
 
     # A change applies to these versions of a task (its updated_at) or to any. None means no such task or version.
@@ -150,12 +152,10 @@ class Queries:
         busy = (user_id, task_id) in self.turns
         try:
             async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.turn(user_id, task_id):
-                return await self._send_one(statement, user_id, task_id, *parameters, alone=busy)
+                rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
+                return rows[0] if rows else None
         except TimeoutError as error:
             raise classified(error) from None
-
-    async def _send_one(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> Task:
-        return next(iter(await self._send(statement, user_id, *parameters, alone=alone)), None)
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
