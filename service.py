@@ -273,9 +273,9 @@ def task_id_of(request: Request) -> int:
     return number if number < 2**63 else 0
 
 
-def header(request: Request, name: bytes) -> str | None:
+def header(scope: Scope, name: bytes) -> str | None:
     """Return the value of a header, of all its lines if there are several (RFC 9110, section 5.2), or None."""
-    lines = [value.decode("latin-1").strip(" \t") for key, value in request.scope["headers"] if key == name]
+    lines = [value.decode("latin-1").strip(" \t") for key, value in scope["headers"] if key == name]
     return ", ".join(lines) if lines else None
 
 
@@ -286,7 +286,7 @@ def entity_tags(text: str) -> list[str]:
 
 def versions_to_change(request: Request) -> list[int] | None:
     """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1)."""
-    text = header(request, b"if-match")
+    text = header(request.scope, b"if-match")
     if text is None or text == "*":
         return None
     versions = [timestamp_of(tag[1:-1]) for tag in entity_tags(text) if tag[0] == '"']
@@ -295,7 +295,7 @@ def versions_to_change(request: Request) -> list[int] | None:
 
 def unless_modified(request: Request, response: Response) -> Response:
     """Return a response, or a 304 if the client has it already, as If-None-Match says (RFC 9110, section 13.1.2)."""
-    text = header(request, b"if-none-match")
+    text = header(request.scope, b"if-none-match")
     if text is None or request.method not in ("GET", "HEAD") or response.status_code != 200:
         return response
     etag = response.headers.get("etag", "")
@@ -306,7 +306,7 @@ def unless_modified(request: Request, response: Response) -> Response:
 
 def idempotency_key(request: Request) -> str | None:
     """Return the Idempotency-Key of a request, without its quotes if it has some, or None; raise 400 for a bad one."""
-    text = header(request, b"idempotency-key")
+    text = header(request.scope, b"idempotency-key")
     if text is None:
         return None
     if not re.fullmatch(IDEMPOTENCY_KEY, text):
@@ -438,9 +438,9 @@ class Answers:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
             request_id = f"{random.getrandbits(128):032x}"  # which need not be secret
-        path = scope["path"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         # A trailing slash names the same resource. A newline does not, though the $ of a route's pattern lets it pass.
-        scope["path"] = (path.removesuffix("/") or "/").replace("\n", "%0A")
+        scope["root_path"], scope["path"] = "", (path.removesuffix("/") or "/").replace("\n", "%0A")
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -448,7 +448,7 @@ class Answers:
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
                 if app is self.app:
                     added.append((b"vary", b"Origin"))
-                if under_api(scope):
+                if under_api.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
                     added.append((b"cache-control", b"private, no-cache" if reading else b"no-store"))
                 message["headers"] = [*message["headers"], *added]
@@ -464,10 +464,9 @@ class Answers:
                 scope["error"] = reason(error.__cause__)
             else:
                 bug = error
-        ms = (time.perf_counter() - started) * 1000
-        status = scope.get("status", 500)
-        line = f"method={scope['method']} path={logfmt(path[:200])} status={status} ms={ms:.1f} id={request_id}"
-        line += "".join(f" {name}={logfmt(scope[name])}" for name in ("user", "error") if name in scope)
+        status, ms = scope.get("status", 500), (time.perf_counter() - started) * 1000
+        line = f"method={scope['method']} path={quoted(path[:200])} status={status} ms={ms:.1f} id={request_id}"
+        line += "".join(f" {name}={quoted(scope[name])}" for name in ("user", "error") if name in scope)
         if bug:
             log.error(line, exc_info=bug)
         else:
@@ -493,25 +492,15 @@ logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of the issuer's keys
 # What uvicorn has to say of an answer that broke off, which has its line already.
 logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
-PLAIN = re.compile(r"[\w./:%~@+-]+", re.ASCII)
-
-
-def logfmt(value: object) -> str:
-    """Return a value for a logfmt line, quoted where it holds more than plain characters, always on one line."""
-    text = str(value)
-    return text if PLAIN.fullmatch(text) else json.dumps(text)
-
-
-def under_api(scope: Scope) -> bool:
-    path, root = scope["path"] + "/", scope.get("root_path")
-    return path.startswith("/api/") or (bool(root) and path.startswith(f"{root}/api/"))
+under_api = re.compile("/api(/|$)")
+quoted = json.JSONEncoder().encode  # a value for the log, in quotes and on one line, whatever is in it
 
 
 # --- Identity: who is calling ----------------------------------------------------------------------------------------
 
 LEEWAY = 30  # seconds by which the issuer's clock and ours may differ
 CACHED_TOKENS = 4096  # verifying one costs as much as the rest of a request
-CACHED_TOKEN_LENGTH = 2048  # bytes; longer tokens are not cached, which bounds the memory for them
+CACHED_TOKEN_LENGTH = 2048  # characters; longer tokens are not cached, which bounds the memory for them
 PUBLIC_KEY_ALGORITHMS = ["EdDSA", "ES256", "ES512", "RS256", "PS256"]
 KEYS_REFRESH = 120.0  # seconds between two fetches: a key that the issuer has retired stays valid for up to this long
 KEYS_PAUSE = 2.0  # seconds between two fetches at least, as anybody can send tokens that name unknown keys
@@ -525,7 +514,7 @@ class Identity:
 
     def __init__(self, settings: "Settings") -> None:
         self.settings = settings
-        self.verified: dict[bytes, tuple[str, float]] = {}  # the user and the expiry of each verified token
+        self.verified: dict[str, tuple[str, float]] = {}  # the user and the expiry of each verified token
         self.keys: dict[str | None, tuple[Any, list[str]]] = {}  # the issuer's, by their `kid`, with their algorithms
         self.key_set: bytes | None = None  # the text that they were read from
         self.fetching = asyncio.Lock()
@@ -536,11 +525,11 @@ class Identity:
 
             self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT, headers={"Accept-Encoding": "identity"})
 
-    async def caller(self, authorization: bytes) -> str:
+    async def caller(self, authorization: str) -> str:
         """Return the user id that an Authorization header proves; raise 401, or 503 for want of the issuer's keys."""
-        scheme, _, token = authorization.strip().partition(b" ")
+        scheme, _, token = authorization.partition(" ")
         token = token.strip()
-        if scheme.lower() != b"bearer" or not token:
+        if scheme.lower() != "bearer" or not token:
             raise ApiError(401)
         user_id, expires = self.verified.get(token, ("", 0.0))
         if time.time() < expires:
@@ -556,15 +545,15 @@ class Identity:
             self.verified[token] = user_id, expires
         return user_id
 
-    async def verify(self, token: bytes) -> tuple[str, float]:
+    async def verify(self, token: str) -> tuple[str, float]:
         """Return the `sub` and `exp` of a token (RFC 7519, section 7.2); raise PyJWTError, or 503."""
         settings = self.settings
         keys: list[Any] = settings.secrets
         algorithms, audience, issuer = ["HS256"], settings.audience, settings.issuer
-        header = jwt.get_unverified_header(token)
+        unverified = jwt.get_unverified_header(token)
         # It only tells which key to take; the algorithms go with the key (RFC 8725, section 3.1).
-        if settings.jwks_url and header.get("alg") in PUBLIC_KEY_ALGORITHMS:
-            key, algorithms = await self.public_key(header.get("kid"))
+        if settings.jwks_url and unverified.get("alg") in PUBLIC_KEY_ALGORITHMS:
+            key, algorithms = await self.public_key(unverified.get("kid"))
             keys, audience, issuer = [key], audience or settings.better_auth, issuer or settings.better_auth
         options: Any = {
             "require": ["exp", "sub"],
@@ -622,7 +611,7 @@ class Identity:
             if key_set != self.key_set:
                 self.keys, self.key_set = read_key_set(key_set), key_set
                 self.verified.clear()  # some may have been verified with a key that is no more
-                log.info("%s: fetched the keys %s", place, ", ".join(map(logfmt, self.keys)))
+                log.info("%s: fetched the keys %s", place, ", ".join(map(quoted, self.keys)))
             self.fetch_error = ""
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
@@ -653,12 +642,9 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
-        if scope["type"] == "http" and under_api(scope):
-            lines = [value for name, value in scope["headers"] if name == b"authorization"]
+        if scope["type"] == "http" and under_api.match(scope["path"]):
             try:
-                if len(lines) > 1:
-                    raise ApiError(401, "Invalid token")
-                scope["user"] = await self.identity.caller(lines[0] if lines else b"")
+                scope["user"] = await self.identity.caller(header(scope, b"authorization") or "")
             except ApiError as error:
                 app = await error_response(Request(scope), error)
         await app(scope, receive, send)

@@ -79,7 +79,7 @@ def test_a_subject_writes_no_line_of_its_own_into_the_log(service: Service, http
         response = ask_with(http, sign(claims(f"x{line_break}{forged}")))
         assert response.status_code == 200
         line = service.log_line(response.headers["x-request-id"])
-        assert line.startswith("method=GET path=/api/tasks status=200 ")
+        assert line.startswith('method=GET path="/api/tasks" status=200 ')
     assert not [line for line in service.log.splitlines() if line.startswith(forged)]
 
 

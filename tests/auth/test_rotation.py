@@ -115,7 +115,7 @@ def test_the_keys_are_fetched_again_and_again_though_nobody_asks_for_one(databas
         used = old.sign(issuer.claims(new_user()))
         assert ask_with(client, used).json() == {"items": []}
         issuer.publish(new)
-        wait_until(lambda: f"fetched the keys {new.kid}\n" in service.log)
+        wait_until(lambda: f'fetched the keys "{new.kid}"\n' in service.log)
         assert_refused(ask_with(client, used))
         issuer.behave(None)
         wait_until(lambda: failed_fetches(service) == 1)

@@ -47,15 +47,15 @@ def key_set() -> bytes:
     return json.dumps({"keys": keys}).encode()
 
 
-def headers(algorithm: str) -> list[bytes]:
+def headers(algorithm: str) -> list[str]:
     """Return the Authorization headers of many users."""
     claims = {"iss": ISSUER, "aud": ISSUER, "exp": int(time.time()) + 3600, "iat": int(time.time())}
     key, kid = PRIVATE_KEYS[algorithm], {"kid": algorithm}
     users = [f"{algorithm}-{number}" for number in range(TOKENS)]
-    return [b"Bearer " + jwt.encode(claims | {"sub": user}, key, algorithm, kid).encode() for user in users]
+    return ["Bearer " + jwt.encode(claims | {"sub": user}, key, algorithm, kid) for user in users]
 
 
-async def cost(identity: service.Identity, tokens: list[bytes]) -> float:
+async def cost(identity: service.Identity, tokens: list[str]) -> float:
     """Return the microseconds of CPU that a token takes."""
     started = time.process_time()
     for token in tokens:

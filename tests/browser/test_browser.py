@@ -177,7 +177,7 @@ def test_the_files_of_a_page_are_not_fetched_again(context: BrowserContext, serv
         visit.page.wait_for_load_state("networkidle")
         files.append({url for url in visit.asked if "/docs/" in url})
         log = service.log.removeprefix(before).splitlines()
-        lines.append([line for line in log if " path=/docs/" in line and " status=304 " not in line])
+        lines.append([line for line in log if ' path="/docs/' in line and " status=304 " not in line])
     assert files[0] == files[1]
     assert (len(lines[0]), len(lines[1])) == (len(files[0]), 0)
 

@@ -116,7 +116,7 @@ def test_the_readmes_client_compiles_and_works_at_every_endpoint(project: Path, 
     (project / "browser.mjs").write_text(without_a_browser(expired, token(user_id)))
     walked = run("node --import ./browser.mjs build/walk.js", project)
     assert walked.returncode == 0, walked.stderr
-    lines = re.findall(r"^method=(\S+) path=(\S+) status=(\d+)", service.log[before:], re.MULTILINE)
+    lines = re.findall(r'^method=(\S+) path="(\S+)" status=(\d+)', service.log[before:], re.MULTILINE)
     assert lines[:2] == [("POST", "/api/tasks", "401"), ("POST", "/api/tasks", "201")]
     asked = {f"{method} {re.sub('[0-9]+', '{task_id}', path)}" for method, path, _ in lines}
     paths = httpx.get(f"{service.url}/openapi.json").json()["paths"]

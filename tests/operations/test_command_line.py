@@ -205,6 +205,6 @@ def test_uvicorn_reloads_what_was_edited(
         return str(version()).startswith("edited-")
 
     wait_until(is_reloaded, 30)
-    wait_until(lambda: terminal.prints("method=GET path=/health status=200"))
+    wait_until(lambda: terminal.prints('method=GET path="/health" status=200'))
     assert terminal.press_ctrl_c() == 0
     assert "Traceback" not in terminal.printed

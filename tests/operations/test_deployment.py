@@ -328,7 +328,7 @@ def test_the_log_is_on_standard_output_one_line_an_event(database_url: str, tmp_
     assert statuses == [200, 404, 404, 400]
     assert errors.read_text() == ""
     lines = output.read_text().splitlines()
-    requests = [line for line in lines if line.startswith("method=") and "path=/health" not in line]
+    requests = [line for line in lines if line.startswith("method=") and 'path="/health' not in line]
     assert [re.findall(r" status=(\d+) ", line) for line in requests] == [["200"], ["404"], ["404"], ["400"]]
     assert all(re.fullmatch(r'(\w+=("([^"\\]|\\.)*"|[^\s"=]*) ?)+', line) for line in requests)
     assert all(line.strip() for line in lines)
