@@ -135,7 +135,7 @@ async def complete_task(request: Request) -> Response:
 
 async def delete_task(request: Request) -> Response:
     """Delete a task."""
-    await read_body(request)
+    await read_json(request, empty="null")
     task_id, versions = task_id_of(request), versions_to_change(request)
     await task_or_error(request, await queries(request).delete_task(request.user, task_id, versions))
     return Response(status_code=204)
@@ -153,38 +153,32 @@ INFO = {"title": TITLE, "description": DESCRIPTION, "version": VERSION}
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-JSON_MEDIA_TYPE = re.compile(r"application/([a-z0-9!#$&^_.+-]+\+)?json")
+JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
 IDEMPOTENCY_KEY = r'"[!-~]{1,255}"|(?!""$)[!-~]{1,255}'  # perhaps in quotes
 ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*")  # section 5.6.1
 
 
-async def read_body(request: Request) -> bytearray:
-    """Return the body; raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read."""
-    headers, content = request.headers, bytearray()
-    declared = "content-length" in headers or "transfer-encoding" in headers  # RFC 9112, section 6.3
-    if not declared and request.scope["http_version"].startswith("1."):
-        return content
-    length = float(headers.get("content-length", 0))  # int() refuses thousands of digits
+async def read_json(request: Request, *, empty: str = "") -> object:
+    """Return the value of a body in JSON and UTF-8 (RFC 8259). `empty` is what an empty body stands for.
+
+    Raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read.
+    """
+    headers, content = dict(request.scope["headers"]), bytearray()
+    length = float(headers.get(b"content-length", 0))  # int() refuses thousands of digits
     if length > BODY_LIMIT:
         raise ApiError(413)
-    if "upgrade" in headers and (length or "transfer-encoding" in headers):
-        connection = f"{header(request, b'connection')}, {header(request, b'proxy-connection')}"
+    if b"upgrade" in headers and (length or b"transfer-encoding" in headers):
+        connection = f"{header(request.scope, b'connection')}, {header(request.scope, b'proxy-connection')}"
         if "upgrade" in connection.lower():  # httptools does not parse such a body
             raise ApiError(400, "A request with a body must not offer an upgrade")
     async for chunk in request.stream():
         content += chunk
         if len(content) > BODY_LIMIT:
             raise ApiError(413)
-    media_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    media_type = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
     if content and not JSON_MEDIA_TYPE.fullmatch(media_type):
         raise ApiError(415)
-    return content
-
-
-async def read_json(request: Request, *, empty: str = "") -> object:
-    """Return the value of a body in JSON and UTF-8 (RFC 8259); raise 400. `empty` is what an empty body stands for."""
-    content = await read_body(request)
     try:
         return JSON.decode(content.decode() or empty)
     except (ValueError, RecursionError):
@@ -691,7 +685,7 @@ OPERATIONS: dict[Handler, tuple[int, str | None, str | None, list[str], set[int]
     get_task: (200, "Task", None, ["task_id", "If-None-Match"], {304, 404}),
     update_task: (200, "Task", "TaskChanges", ["task_id", "If-Match"], {400, 404, 412, 413, 415}),
     complete_task: (200, "Task", "Completion", ["task_id", "If-Match"], {400, 404, 412, 413, 415}),
-    delete_task: (204, None, None, ["task_id", "If-Match"], {404, 412, 413, 415}),
+    delete_task: (204, None, None, ["task_id", "If-Match"], {400, 404, 412, 413, 415}),
 }
 
 

@@ -202,11 +202,19 @@ def test_a_connection_goes_on_after_a_body_that_was_too_large_or_the_answer_says
 # --- The body of a deletion ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"{}", b"{", b'{"title": 1}', b"\xff"], ids=ascii)
+@pytest.mark.parametrize("content", [b"{}", b"null", b'{"title": 1}', b"7"], ids=ascii)
 def test_what_the_body_of_a_deletion_says_means_nothing(alice: Client, bob: Client, content: bytes) -> None:
     task, other, his = alice.create(), alice.create(), bob.create()
     assert alice.request("DELETE", f"/api/tasks/{task['id']}", content=content).status_code == 204
     assert (alice.tasks(), bob.tasks()) == ([other], [his])
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"NaN"], ids=ascii)
+def test_a_deletion_with_a_body_that_is_no_json_deletes_nothing(alice: Client, content: bytes) -> None:
+    task = alice.create()
+    response = alice.request("DELETE", f"/api/tasks/{task['id']}", content=content)
+    assert_error(response, 400, NOT_JSON)
+    assert alice.tasks() == [task]
 
 
 @framings

@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from tests.support.errors import NOT_AUTHENTICATED, TASK_NOT_FOUND
+from tests.support.errors import NOT_AUTHENTICATED, NOT_JSON, TASK_NOT_FOUND
 from tests.support.service_process import Client, Service
 from tests.support.wire import (
     CHUNKED,
@@ -147,9 +147,9 @@ def test_zeros_before_a_length_are_no_matter(service: Service, alice: Client, ra
             assert connection.answer().status == status
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(("method", "error"), [("GET", (404, TASK_NOT_FOUND)), ("DELETE", (400, {"detail": NOT_JSON}))])
 def test_a_body_where_none_is_expected_is_not_taken_for_a_request(
-    service: Service, alice: Client, raw: Raw, method: str
+    alice: Client, raw: Raw, method: str, error: tuple[int, dict[str, str]]
 ) -> None:
     task = alice.create("mine")
     inner = f"DELETE /api/tasks/{task['id']} HTTP/1.1\r\nHost: x\r\n{bearer(alice)}\r\n\r\n".encode()
@@ -157,7 +157,7 @@ def test_a_body_where_none_is_expected_is_not_taken_for_a_request(
         raw.send(f"{method} /api/tasks/0", bearer(alice), f"Content-Length: {len(inner)}")
         raw.socket.sendall(inner)
         answer = raw.answer()
-        assert (answer.status, answer.json()) == (404, TASK_NOT_FOUND)
+        assert (answer.status, answer.json()) == error
     assert alice.tasks() == [task]
 
 
