@@ -803,34 +803,26 @@ ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://(?:[^\s/?#@*:\[\]]+|\[[0-9a-f:.]+\]
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
-class SettingError(SystemExit):
-    """A setting that cannot be served with. Uncaught, it ends the process with one sentence, which holds no secret."""
-
-
 class Settings:
-    """What the environment says. A variable that is empty counts as unset."""
+    """What the environment says. A variable that is empty counts as unset.
+
+    Raise ValueError for a bad one, with a sentence that holds no secret.
+    """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         given = {name: value for name, value in environ.items() if value.strip()}
         if "DATABASE_URL" not in given:
-            raise SettingError(
-                "DATABASE_URL is not set: give it a postgresql:// URL, or start with `uv run service.py`."
-            )
-        try:
-            self.database = read_url(given["DATABASE_URL"])  # the arguments of create_pool
-        except ValueError as error:
-            raise SettingError(str(error)) from None
+            raise ValueError("DATABASE_URL is not set: give it a postgresql:// URL, or start with `uv run service.py`.")
+        self.database = read_url(given["DATABASE_URL"])  # the arguments of create_pool
         self.database["max_size"] = whole_number(given, "DATABASE_POOL_SIZE", default=8, most=1000)
 
-        if "BETTER_AUTH_SECRET_OLD" in given and "BETTER_AUTH_SECRET" not in given:
-            raise SettingError("BETTER_AUTH_SECRET is not set: BETTER_AUTH_SECRET_OLD needs its successor beside it.")
         if not {"BETTER_AUTH_URL", "JWKS_URL", "BETTER_AUTH_SECRET"} & given.keys():
-            raise SettingError("BETTER_AUTH_URL is not set: it or BETTER_AUTH_SECRET must say whose tokens to accept.")
+            raise ValueError("BETTER_AUTH_URL is not set: it or BETTER_AUTH_SECRET must say whose tokens to accept.")
         self.secrets: list[bytes] = []  # of HS256 tokens, the one for new tokens first
         for name in ("BETTER_AUTH_SECRET", "BETTER_AUTH_SECRET_OLD"):
             if name in given:
                 if len(given[name]) < SECRET_LENGTH:
-                    raise SettingError(f"{name} is too short: it needs at least {SECRET_LENGTH} characters.")
+                    raise ValueError(f"{name} is too short: it needs at least {SECRET_LENGTH} characters.")
                 self.secrets.append(given[name].encode("utf-8", "surrogateescape"))
         origins = {name: read_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
         self.better_auth = origins.get("BETTER_AUTH_URL")  # the `iss` and the `aud` of its tokens
@@ -845,10 +837,19 @@ class Settings:
         self.workers = whole_number(given, "WEB_CONCURRENCY", default=1, most=1000)
 
 
+def read_settings() -> Settings:
+    """Return the settings of this process, or end it with the sentence that says which is bad."""
+    try:
+        return Settings(os.environ)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)  # at which uvicorn's supervisor does not start a worker again
+
+
 def whole_number(given: Mapping[str, str], name: str, *, default: int, most: int) -> int:
     text = given.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
-        raise SettingError(f"{name} must be a whole number from 1 to {most}.")
+        raise ValueError(f"{name} must be a whole number from 1 to {most}.")
     return int(text)
 
 
@@ -857,7 +858,7 @@ def read_origin(name: str, url: str) -> str:
     found = ORIGIN.fullmatch(url.strip().lower())
     if not found or int((found[3] or ":0")[1:]) > 65535 or (found[1] not in DEFAULT_PORTS and name != "CORS_ORIGINS"):
         kind = "origins, separated by commas and not *," if name == "CORS_ORIGINS" else "a URL"
-        raise SettingError(f"{name} must be {kind} like https://app.example.com.")
+        raise ValueError(f"{name} must be {kind} like https://app.example.com.")
     scheme, host, port = found.groups("")
     return f"{scheme}{host}{port}".removesuffix(DEFAULT_PORTS.get(scheme, "-"))
 
@@ -1062,7 +1063,7 @@ def main() -> None:
         os.environ |= development_settings(start=command == ["serve"])
     match command:
         case ["serve"]:
-            settings = Settings(os.environ)
+            settings = read_settings()
             if embedded:
                 api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
                 print(f"""
@@ -1071,10 +1072,10 @@ def main() -> None:
   Another user        uv run service.py token alice
 """, flush=True)  # fmt: skip
             serve(settings)
-        case ["token", user_id]:
-            print(make_token(Settings(os.environ), user_id))
+        case ["token", user_id] if storable_user_id(user_id):
+            print(make_token(read_settings(), user_id))
         case ["migrate"]:
-            asyncio.run(migrate(**Settings(os.environ).database))
+            asyncio.run(migrate(**read_settings().database))
         case ["-h" | "--help"]:
             print(__doc__)
         case _:
@@ -1105,11 +1106,7 @@ def __getattr__(name: str) -> ASGIApp:
     """Make the application when a server asks for `service:app`."""
     if name != "app":
         raise AttributeError(name)
-    try:
-        return create_app(Settings(os.environ))
-    except SettingError as error:
-        print(error, file=sys.stderr)
-        sys.exit(3)  # at which uvicorn's supervisor does not start the worker again
+    return create_app(read_settings())
 
 
 def make_token(settings: Settings, user_id: str) -> str:

@@ -36,7 +36,7 @@ def origins(*urls: str) -> list[str]:
     def origin(url: str) -> str:
         try:
             return service.read_origin("X", url)
-        except service.SettingError as error:
+        except ValueError as error:
             return str(error)
 
     return [origin(url) for url in urls]

@@ -206,12 +206,12 @@ def test_the_token_command_prints_a_token_of_that_user(started: Project, client:
 
 @pytest.mark.parametrize("user_id", ["", "x" * 256])
 def test_there_is_no_token_for_a_user_that_cannot_be(user_id: str, started: Project) -> None:
-    assert_refused(started.run("token", user_id), "user id", "255")
+    assert_refused(started.run("token", user_id), "usage", "token USER_ID")
 
 
 def test_there_is_no_token_of_a_secret_that_the_service_would_refuse(started: Project) -> None:
     refused = started.run("token", "alice", BETTER_AUTH_SECRET="short")
-    assert (refused.returncode, refused.stdout) == (1, "")
+    assert (refused.returncode, refused.stdout) == (3, "")
     assert refused.stderr == "BETTER_AUTH_SECRET is too short: it needs at least 32 characters.\n"
 
 
@@ -391,7 +391,7 @@ def test_a_busy_port_is_told_and_leaves_nothing_running(workers: str, project: K
 def test_a_bad_setting_is_told_and_leaves_nothing_running(project: Kept) -> None:
     project.stop()
     stopped = project.run(PORT="abc")
-    assert (stopped.returncode, stopped.stdout) == (1, "")
+    assert (stopped.returncode, stopped.stdout) == (3, "")
     assert stopped.stderr == "PORT must be a whole number from 1 to 65535.\n"
     assert_nothing_runs(project)
 
