@@ -951,8 +951,7 @@ class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with what an open port needs and no setting of uvicorn gives.
 
     A request is limited in time, and its head in size. Bytes that come before the answer are not parsed as a request,
-    and the connection closes after the answer (RFC 9112, section 9.3.2). Trailers are dropped (RFC 9110, section
-    6.5.1).
+    and the connection closes after it (RFC 9112, section 9.3.2). Trailers are dropped (RFC 9110, section 6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -1015,6 +1014,8 @@ class HttpProtocol(HttpToolsProtocol):
         if not self.written:
             self.loop.call_soon(self.flush)
         self.written.append(data)
+        if len(data) > 65_536:  # let flow control know of it before the next
+            self.flush()
 
     def flush(self) -> None:
         if self.written and not self.is_closing():

@@ -292,7 +292,8 @@ def pipelined_requests(service: Service, divisor: int) -> str:
         connection.sendall(one * (10_000_000 // len(one)))
         while connection.recv(65_536):
             pass
-    return f"{memory}, {service.log.count(f'path={LIST} ')} answered"
+    answered = service.log.count(f'path="{LIST}" ')
+    return f"{memory}, {answered} answered"
 
 
 def streamed_list(service: Service, divisor: int) -> str:
