@@ -164,10 +164,11 @@ async def read_json(request: Request, *, empty: str = "") -> object:
         connection = f"{header(request.scope, b'connection')}, {header(request.scope, b'proxy-connection')}"
         if "upgrade" in connection.lower():  # httptools does not parse such a body
             raise ApiError(400, "A request with a body must not offer an upgrade")
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > BODY_LIMIT:
-            raise ApiError(413)
+    if length or b"transfer-encoding" in headers or request.scope["http_version"] >= "2":  # or there is no body
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > BODY_LIMIT:
+                raise ApiError(413)
     media_type = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
     if content and not JSON_MEDIA_TYPE.fullmatch(media_type):
         raise ApiError(415)
@@ -532,8 +533,7 @@ class Identity:
     async def verify(self, token: str) -> tuple[str, float]:
         """Return the `sub` and `exp` of a token (RFC 7519, section 7.2); raise PyJWTError, or 503."""
         settings = self.settings
-        keys: list[Any] = settings.secrets
-        algorithms, audience, issuer = ["HS256"], settings.audience, settings.issuer
+        keys, algorithms, audience, issuer = settings.secrets, ["HS256"], settings.audience, settings.issuer
         unverified = jwt.get_unverified_header(token)
         # It only tells which key to take; the algorithms go with the key (RFC 8725, section 3.1).
         if settings.jwks_url and unverified.get("alg") in PUBLIC_KEY_ALGORITHMS:
