@@ -62,7 +62,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "type": "string",
         "minLength": 1,
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # JavaScript has another \s than str.isspace
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # right in JavaScript, whose \s differs, too
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -129,7 +129,7 @@ async def complete_task(request: Request) -> Response:
 
 async def delete_task(request: Request) -> Response:
     """Delete a task."""
-    await read_json(request, empty="null")
+    await read_json(request, empty="null")  # nothing is taken from it, but it must have arrived and be JSON
     task_id, versions = task_id_of(request), versions_to_change(request)
     await task_or_error(request, await queries(request).delete_task(request.user, task_id, versions))
     return Response(status_code=204)
@@ -216,9 +216,9 @@ TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "st
 
 
 def valid_value(rule: Mapping[str, Any], value: object) -> object:
-    """Return a value of a field as the database takes it; raise ValueError with what follows its name in a sentence.
+    """Return a value of a field as the database takes it; raise ValueError with a message to put after its name.
 
-    A field has one of the TYPES, and may allow null beside it. A string may have the format `date` (RFC 3339).
+    Checked are type (one, perhaps with null), minimum, maximum, maxLength, pattern and the format date (RFC 3339).
     """
     types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
     if value is None and "null" in types:
@@ -303,8 +303,8 @@ def idempotency_key(request: Request) -> str | None:
 def hash_of(fields: Mapping[str, Any]) -> str:
     """Return a hash of the fields that are not defaults, so that adding a field changes no hash that is stored."""
     # `completed` is always in it, as in version 1.0.
-    sent = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]
-    return hashlib.sha256(json.dumps({name: fields.get(name) for name in sent}, default=str).encode()).hexdigest()
+    hashed = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]
+    return hashlib.sha256(json.dumps({name: fields.get(name) for name in hashed}, default=str).encode()).hexdigest()
 
 
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
@@ -360,7 +360,7 @@ async def error_response(request: Request, error: Exception) -> Response:
 
 
 async def task_or_error(request: Request, task: Record | None) -> Record:
-    """Return the task of a change, or raise why there is none: 412 if it has another version, 404 if it is gone."""
+    """Return a task; where there is none, raise 412 if If-Match names another version of it, else 404."""
     if task is None:
         moved_on = "if-match" in request.headers and await queries(request).get_task(request.user, task_id_of(request))
         raise ApiError(412 if moved_on else 404)
@@ -406,7 +406,7 @@ class Answers:
     """ASGI middleware around everything: the headers that all answers have, and the log line of each request.
 
     It also makes a path with a trailing slash the same as the one without. Only requests that name an origin, as
-    browsers do, go through CORS: it would be an eighth of the cost of the others.
+    browsers do, go through CORS: for the others it would add an eighth to their cost.
     """
 
     def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
@@ -431,7 +431,7 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app:
+                if app is self.app:  # CORSMiddleware adds it otherwise
                     added.append((b"vary", b"Origin"))
                 if under_api.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
@@ -445,7 +445,7 @@ class Answers:
         except asyncio.CancelledError:
             scope["error"] = "cut off, as the service was stopped"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
-            if isinstance(error.__cause__, Unavailable):
+            if isinstance(error.__cause__, Unavailable):  # Starlette raises its own error from that of a stream
                 scope["error"] = reason(error.__cause__)
             else:
                 bug = error
@@ -475,7 +475,7 @@ class Answers:
 log = logging.getLogger("service")
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of the issuer's keys
-# What uvicorn has to say of an answer that broke off, which has its line already.
+# Drop uvicorn's message about an answer that broke off: it has a line already.
 logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
 under_api = re.compile("/api(/|$)")
 quoted = json.JSONEncoder().encode  # a value for the log, in quotes and on one line, whatever is in it
@@ -487,8 +487,8 @@ LEEWAY = 30  # seconds by which the issuer's clock and ours may differ
 CACHED_TOKENS = 4096  # verifying one costs as much as the rest of a request
 CACHED_TOKEN_LENGTH = 2048  # characters; longer tokens are not cached, which bounds the memory for them
 PUBLIC_KEY_ALGORITHMS = ["EdDSA", "ES256", "ES512", "RS256", "PS256"]
-KEYS_REFRESH = 120.0  # seconds between two fetches: a key that the issuer has retired stays valid for up to this long
-KEYS_PAUSE = 2.0  # seconds between two fetches at least, as anybody can send tokens that name unknown keys
+KEYS_REFRESH = 120.0  # seconds between regular fetches: a retired key of the issuer stays valid for up to this long
+KEYS_PAUSE = 2.0  # least seconds between any two fetches, as anybody can send tokens that name unknown keys
 KEYS_TIMEOUT = 3.0  # seconds that a fetch may take in all
 KEYS_LIMIT = 65_536  # bytes that are read of an answer, enough for a hundred keys
 storable_user_id = re.compile("[^\0\ud800-\udfff]{1,255}").fullmatch
@@ -635,7 +635,7 @@ class Authentication:
 
 # --- The documentation: the pages, and the OpenAPI document that is drawn from the route table -----------------------
 
-# The package has the files of Swagger UI and ReDoc. Importing it would read 9 MB of them into every process.
+# The package offapi has the files of Swagger UI and ReDoc. Importing it would read 9 MB of them into every process.
 DOCS_FOLDER = Path(getattr(importlib.util.find_spec("offapi"), "origin", "")).parent
 DOCS_FILES = {"swagger_bundle.js": "text/javascript", "swagger_style.css": "text/css", "redoc.js": "text/javascript"}
 read_once = functools.cache(Path.read_bytes)  # so that all answers share the content of a file
@@ -714,7 +714,7 @@ TEXT = {"type": "string"}
 HEADERS = {200: ["ETag"], 201: ["ETag", "Location"], 304: ["ETag"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
 
 TIMESTAMP = TEXT | {"format": "date-time", "examples": ["2026-01-31T08:15:30.123456+00:00"]}
-SHOWN = ("type", "format", "examples")  # of a field of a task; older tasks may be beyond its limits
+SHOWN = ("type", "format", "examples")  # keywords that hold for answers too; older tasks may break the limits
 TASK = {
     "id": {"type": "integer", "format": "int64", "minimum": 1, "examples": [7]},
     "user_id": TEXT | {"description": "The `sub` of the token that made it.", "examples": ["alice"]},
@@ -762,7 +762,7 @@ OPENAPI: dict[str, Any] = {
 }
 FIXED: dict[str, Response] = {
     "/": JSONResponse(OPENAPI["info"] | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}),
-    # It asks nobody else: a restart would mend no database.
+    # /health does not ask the database, which a restart would not mend.
     "/health": JSONResponse({"status": "ok", "version": VERSION}),
     "/openapi.json": JSONResponse(OPENAPI),
     "/docs": docs_page(
@@ -781,7 +781,7 @@ FIXED: dict[str, Response] = {
 
 SECRET_LENGTH = 32  # characters; an HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)
 CORS_DEFAULT = "http://localhost:3000,http://127.0.0.1:3000,http://localhost:5173"
-# What a URL begins with: a scheme, a host and perhaps a port.
+# A URL; the groups are its scheme, its host and perhaps its port.
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://(?:[^\s/?#@*:\[\]]+|\[[0-9a-f:.]+\]))(:[0-9]{1,5})?(?:[/?#]\S*)?")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
@@ -843,7 +843,7 @@ def read_origin(name: str, url: str) -> str:
         kind = "origins, separated by commas and not *," if name == "CORS_ORIGINS" else "a URL"
         raise ValueError(f"{name} must be {kind} like https://app.example.com.")
     scheme, host, port = found.groups("")
-    return f"{scheme}{host}{port}".removesuffix(DEFAULT_PORTS.get(scheme, "-"))
+    return f"{scheme}{host}{port}".removesuffix(DEFAULT_PORTS.get(scheme, ""))
 
 
 # --- The application: the pool, the schema, and the layers -----------------------------------------------------------
@@ -937,7 +937,7 @@ def create_app(settings: Settings) -> ASGIApp:
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
 HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of the body or the trailers are complete
-REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or of a connection, to the end of the request
+REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or the start of a connection, to its end
 UNREAD_TIMEOUT = 300_000  # milliseconds for which a client may read nothing of an answer
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
 REFUSALS = {
@@ -973,7 +973,7 @@ class HttpProtocol(HttpToolsProtocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if self.arriving:
                 self.refuse(431 if self.size > HEAD_LIMIT else 400)
-            else:  # the error is in what follows the request; or an upgrade, which is not made
+            else:  # the request is complete: the error is in what follows it, or it is an upgrade, which is not made
                 self.cycle.keep_alive = False
             return
         if self.arriving and self.size > HEAD_LIMIT:
@@ -983,7 +983,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if self.cycle and not self.cycle.response_complete:
-            raise ValueError("bytes have come before the answer")
+            raise ValueError("bytes have come before the answer")  # which httptools raises as an HttpParserError
         super().on_message_begin()
         self._unset_keepalive_if_required()
         self.cycle = None  # type: ignore[assignment]  # until the head is complete

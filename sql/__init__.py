@@ -59,8 +59,8 @@ class Refused(Exception):
 
 # SQLSTATEs (PostgreSQL, Appendix A). 42P01 and 42501: the table or its grants are being restored.
 TRANSIENT, INVALID = "(08|25|28|3D|40|53|55|57|58)...|42P01|42501|26000|42P05", "(22|23)...|P0001"
-NOT_YET = "55P03|40001|40P01"  # a lock, a deadlock or a serialization failure: nothing was done, and may be later
-OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; a lost race for a key may be its 23505
+NOT_YET = "55P03|40001|40P01"  # a lock, a deadlock or a serialization failure: nothing was done, a retry may succeed
+OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creations with one key may violate it instead
 
 
 def classified(error: Exception) -> Exception:
@@ -95,7 +95,7 @@ class Queries:
         self.senders: set[asyncio.Task[None]] = set()
         self.half = pool.get_max_size() // 2  # of the connections; the other half is always for senders
         self.alone = asyncio.Semaphore(max(1, self.half))
-        # For each task that is changed, and for each user and statement that goes alone.
+        # For each task that is changed, and for what each user has in progress at once.
         self.turns: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def apply_schema(self) -> None:
@@ -104,7 +104,7 @@ class Queries:
         self.schema_applied = True
 
     def turn(self, user_id: str, of: object, at_once: int = 1) -> asyncio.Semaphore:
-        """Return the semaphore by which a user does so many of these at once, so that the others wait for no more."""
+        """Return the semaphore that lets a user have so many of these in progress; unused, it is forgotten."""
         return self.turns.setdefault((user_id, of), asyncio.Semaphore(at_once))
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
@@ -134,7 +134,7 @@ class Queries:
                 return rows[0] if rows[0]["same_request"] else None
         raise Unavailable("the task of the key is made and deleted all the time")
 
-    # A change applies to these versions of a task (its updated_at) or to any. None means no such task or version.
+    # `versions` are the updated_at that may be changed, or None for any. Without such a task or version: None.
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:
         """Change a task, given for each field, one after the other: whether to set it, and to what."""
         return await self._change(UPDATE_TASK, user_id, task_id, versions, *changes)
@@ -181,7 +181,8 @@ class Queries:
                     # Sent again, alone: a call of a batch that was refused, one that met a lock, and once a lost read.
                     not_yet = OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, str(getattr(error, "sqlstate", "")))
                     lost = resend and isinstance(error, ConnectionError)
-                    if not lost and not (isinstance(error, PostgresError) and (not_yet or not alone)):
+                    # A PostgresError has rolled the whole batch back, so even a write can be sent again.
+                    if not (lost or (isinstance(error, PostgresError) and (not_yet or not alone))):
                         raise classified(error) from None
                     resend = resend and not lost
                     pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
@@ -202,7 +203,7 @@ class Queries:
                 calls.clear()
 
     async def _send_calls(self, statement: str, calls: list[Call]) -> None:
-        """Send calls in batches over one connection, and take them off the list, until it is empty or a batch fails."""
+        """Send calls in batches over one connection, off the list, until none are left, one fails, or others wait."""
         connection: Any = None  # a Connection
         try:
             while calls:
