@@ -638,6 +638,8 @@ class Authentication:
 # The package offapi has the files of Swagger UI and ReDoc. Importing it would read 9 MB of them into every process.
 DOCS_FOLDER = Path(getattr(importlib.util.find_spec("offapi"), "origin", "")).parent
 DOCS_FILES = {"swagger_bundle.js": "text/javascript", "swagger_style.css": "text/css", "redoc.js": "text/javascript"}
+DOCS_CACHE = {"Cache-Control": "public, max-age=86400"}
+DOCS_SCRIPT = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})'
 read_once = functools.cache(Path.read_bytes)  # so that all answers share the content of a file
 
 # The pages ask nobody but this server (ReDoc would fetch its logo from elsewhere), and nobody may frame them. Both
@@ -661,8 +663,7 @@ def docs_page(body: str) -> Response:
 
 async def docs_file(request: Request) -> Response:
     name = Path(request.url.path).name
-    headers = {"Cache-Control": "public, max-age=86400"}
-    return Response(read_once(DOCS_FOLDER / name), headers=headers, media_type=DOCS_FILES[name])
+    return Response(read_once(DOCS_FOLDER / name), headers=DOCS_CACHE, media_type=DOCS_FILES[name])
 
 
 # What each handler answers and takes: the status and the schema of its success, the schema of the body, the parameters,
@@ -768,9 +769,7 @@ FIXED: dict[str, Response] = {
     "/docs": docs_page(
         "<div id=page></div><script src=/docs/swagger_bundle.js></script><script src=/docs/page.js></script>"
     ),
-    "/docs/page.js": Response(
-        'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})', media_type="text/javascript"
-    ),
+    "/docs/page.js": Response(DOCS_SCRIPT, headers=DOCS_CACHE, media_type="text/javascript"),
     "/redoc": docs_page(
         "<redoc spec-url=/openapi.json disable-telemetry=true></redoc><script type=module src=/docs/redoc.js></script>"
     ),

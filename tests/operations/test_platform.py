@@ -334,7 +334,7 @@ def test_no_client_notices_that_the_service_is_replaced(
         wait_until_locked_rows_are_tried(database_url, len(slow))
         loads = [threads.submit(work, router, enough, keep_alive=i % 3 > 0) for i in range(6)]
         try:
-            wait_until(lambda: old.log.count("user=alice") > 20)
+            wait_until(lambda: old.log.count('user="alice"') > 20)
             router.command(f"set server dynos/second addr 127.0.0.1 port {new.port}")
             router.command("set server dynos/second state ready")
             router.command("set server dynos/first state drain")
@@ -343,7 +343,7 @@ def test_no_client_notices_that_the_service_is_replaced(
             assert not any(request.done() for request in in_flight)
             lock.rollback()
             assert old.process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-            wait_until(lambda: new.log.count("user=alice") > 20)
+            wait_until(lambda: new.log.count('user="alice"') > 20)
         finally:
             lock.rollback()
             enough.set()
