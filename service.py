@@ -903,7 +903,7 @@ def create_app(settings: Settings) -> ASGIApp:
         await asyncio.wait(tasks[:1], timeout=STARTUP_TIMEOUT)
         # Left alone, the garbage collector looks at all the modules again and again, for a large part of each request.
         gc.freeze()
-        gc.set_threshold(50_000)
+        gc.set_threshold(5_000)  # more would let streams that clients have broken off pile up
         yield {"queries": statements, "long_lists": asyncio.Semaphore(LONG_LISTS)}
         for task in tasks:
             task.cancel()

@@ -34,6 +34,7 @@ FILL = """
 """
 SMALL = ("a task", "Something to be done")
 LARGE = ("t" * 200, "d" * 2000)
+WIDE = ("a task", "€" * 2000)
 CONTROL = ("a task", "\x01" * 2000)  # each is six characters of JSON
 LIST = "/api/tasks"
 PATIENCE = 60.0  # seconds after which an attack is given up
@@ -229,6 +230,17 @@ def unread_control_characters(service: Service, divisor: int) -> str:
     return unread(service, request(LIST, "many"), 60)
 
 
+def broken_off_lists(service: Service, divisor: int) -> str:
+    fill(service, "many", 3000 // divisor, WIDE)
+    with Memory(service.process.pid) as memory:
+        for _ in range(500 // divisor):
+            with connect(service.port) as connection:
+                connection.sendall(request(LIST, "many"))
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        service.wait_until_ready(PATIENCE)
+        return str(memory)
+
+
 def unread_docs(service: Service, divisor: int) -> str:
     return unread(service, request("/docs/redoc.js") * 4, 200)
 
@@ -318,6 +330,7 @@ ATTACKS = [
         "60 lists of 1,000 tasks of 2,000 control characters that nobody reads", "at most +150 MB",
         unread_control_characters,
     ),
+    Attack("500 lists of 3,000 large tasks, broken off one after the other", "at most +150 MB", broken_off_lists),
     Attack("200 connections that ask 4 times for /docs/redoc.js and read nothing", "at most +100 MB", unread_docs),
     Attack("10 MB of pipelined requests without a token", "at most +20 MB, one answered", pipelined_requests),
     Attack("a list of 100,000 tasks, streamed", "time to the first byte, memory", streamed_list),
