@@ -962,6 +962,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.arriving = False  # whether a request has begun and is not complete
         self.size = 0  # bytes since the last complete head or piece of a body
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.deadline.cancel()
+
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # by which Linux closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
 

@@ -241,6 +241,16 @@ def broken_off_lists(service: Service, divisor: int) -> str:
         return str(memory)
 
 
+def broken_off_heads(service: Service, divisor: int) -> str:
+    fields = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 1000) for number in range(60))
+    with Memory(service.process.pid) as memory:
+        for _ in range(5000 // divisor):
+            with connect(service.port) as connection:
+                connection.sendall(b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\n" + fields)
+        service.wait_until_ready(PATIENCE)
+        return str(memory)
+
+
 def unread_docs(service: Service, divisor: int) -> str:
     return unread(service, request("/docs/redoc.js") * 4, 200)
 
@@ -331,6 +341,7 @@ ATTACKS = [
         unread_control_characters,
     ),
     Attack("500 lists of 3,000 large tasks, broken off one after the other", "at most +150 MB", broken_off_lists),
+    Attack("5,000 heads of 60 KB, broken off one after the other", "at most +30 MB", broken_off_heads),
     Attack("200 connections that ask 4 times for /docs/redoc.js and read nothing", "at most +100 MB", unread_docs),
     Attack("10 MB of pipelined requests without a token", "at most +20 MB, one answered", pipelined_requests),
     Attack("a list of 100,000 tasks, streamed", "time to the first byte, memory", streamed_list),

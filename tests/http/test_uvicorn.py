@@ -1,21 +1,28 @@
-"""What the protocol takes from uvicorn is still there."""
+"""What the protocol takes from uvicorn is still there, and it keeps nothing of what is gone."""
 
 from __future__ import annotations
 
 import ast
+import asyncio
+import gc
 import inspect
 import re
+import weakref
+from typing import cast
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from service import HttpProtocol
 from tests.support.service_process import ROOT
+from tests.support.waiting import wait_in_loop_until
 
 # --- uvicorn ---------------------------------------------------------------------------------------------------------
 
 OVERRIDDEN = {
-    "connection_made", "data_received", "on_message_begin", "on_headers_complete", "on_body", "on_message_complete",
+    "connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete", "on_body",
+    "on_message_complete",
 }  # fmt: skip
 USED = {
     "self": {"parser", "loop", "transport", "cycle", "headers", "url", "_unset_keepalive_if_required"},
@@ -66,3 +73,26 @@ def test_the_protocol_takes_no_more_from_uvicorn_than_that() -> None:
             own.add(node.attr)
     taken["self"] -= own
     assert all(taken[name] <= USED[name] for name in USED), taken
+
+
+def test_a_connection_that_is_lost_in_the_middle_of_a_head_is_forgotten_at_once() -> None:
+    """Kept until its deadline, each would hold the 64 KB that it has sent."""
+
+    async def app(scope: object, receive: object, send: object) -> None: ...
+
+    async def check() -> None:
+        config, state = Config(app, log_config=None, http=HttpProtocol), ServerState()
+        config.load()
+        server = await asyncio.get_running_loop().create_server(lambda: HttpProtocol(config, state, {}), "127.0.0.1", 0)
+        async with server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(b"POST /api/tasks HTTP/1.1\r\nHost: x\r\n")
+            await wait_in_loop_until(lambda: bool(state.connections))
+            protocol = weakref.ref(next(iter(state.connections)))
+            await wait_in_loop_until(lambda: cast(HttpProtocol, protocol()).arriving)
+            writer.close()
+            await wait_in_loop_until(lambda: not state.connections)
+            gc.collect()
+            assert protocol() is None
+
+    asyncio.run(check())
