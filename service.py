@@ -450,6 +450,8 @@ class Answers:
             else:
                 bug = error
         status, ms = scope.get("status", 500), (time.perf_counter() - started) * 1000
+            if "status" not in scope:
+                await (await error_response(Request(scope), ApiError(503)))(scope, receive, send_with_headers)
         line = f"method={scope['method']} path={quoted(path[:200])} status={status} ms={ms:.1f} id={request_id}"
         line += "".join(f" {name}={quoted(scope[name])}" for name in ("user", "error") if name in scope)
         if bug:

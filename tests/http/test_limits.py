@@ -17,6 +17,7 @@ import psutil
 import psycopg
 import pytest
 
+from tests.support.database import UNAVAILABLE
 from tests.support.fixtures import StartService
 from tests.support.service_process import Client, Service, new_user_id
 from tests.support.waiting import wait_until
@@ -28,6 +29,7 @@ from tests.support.wire import (
     remote_ports,
     request,
     wait_until_gone,
+    wait_until_read,
 )
 
 SOONER: dict[str, object] = {
@@ -337,3 +339,18 @@ def test_what_is_done_when_the_service_is_stopped_is_answered(service: Service) 
             assert unanswered & carried_out == set()
         finally:
             stopped.remove()
+
+
+def test_a_request_that_a_stop_cuts_off_gets_the_answer_of_an_outage(
+    database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url, constants={"service.SHUTDOWN_GRACE": 1})
+    service.wait_until_ready()
+    with Raw(service) as connection:
+        connection.send("POST /api/tasks", bearer(service.client("alice")), "Content-Length: 2", "X-Request-ID: cut")
+        wait_until_read(service)
+        service.process.send_signal(signal.SIGTERM)
+        answer = connection.answer()
+    assert (answer.status, answer.json()) == (503, UNAVAILABLE)
+    service.stop()
+    assert service.log_line("cut").endswith(' user="alice" error="cut off, as the service was stopped"')
