@@ -84,7 +84,7 @@ async def list_tasks(request: Request) -> Response:
     status = request.query_params.get("status") or "all"
     if status not in STATUSES:
         raise ApiError(422, errors={"status": f"must be one of {', '.join(STATUSES)}"})
-    return await list_response(request, STATUSES[status])
+    return unless_modified(request, await list_response(request, STATUSES[status]))
 
 
 async def create_task(request: Request) -> Response:
@@ -101,7 +101,7 @@ async def create_task(request: Request) -> Response:
 async def get_task(request: Request) -> Response:
     """Get a task."""
     task = await queries(request).get_task(request.user, task_id_of(request))
-    return task_response(await task_or_error(request, task))
+    return unless_modified(request, task_response(await task_or_error(request, task)))
 
 
 async def update_task(request: Request) -> Response:
@@ -282,12 +282,12 @@ def versions_to_change(request: Request) -> list[int] | None:
 def unless_modified(request: Request, response: Response) -> Response:
     """Return a response, or a 304 if the client has it already, as If-None-Match says (RFC 9110, section 13.1.2)."""
     text = header(request.scope, b"if-none-match")
-    if text is None or request.method not in ("GET", "HEAD") or response.status_code != 200:
+    if text is None:
         return response
-    etag = response.headers.get("etag", "")
-    if text != "*" and etag.removeprefix("W/") not in [tag.removeprefix("W/") for tag in entity_tags(text)]:
-        return response
-    return Response(status_code=304, headers={"ETag": etag} if etag else None)
+    etag = response.headers.get("etag", "")  # a long list has none
+    if text == "*" or etag.removeprefix("W/") in [tag.removeprefix("W/") for tag in entity_tags(text)]:
+        return Response(status_code=304, headers={"ETag": etag} if etag else None)
+    return response
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -870,8 +870,7 @@ class Resource:
         handler = self.handlers.get(scope["method"])
         if handler is None:
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(self.handlers))})
-        request = Request(scope, receive, send)
-        response = unless_modified(request, await handler(request))
+        response = await handler(Request(scope, receive, send))
         await response(scope, receive, send)
 
 
