@@ -46,8 +46,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from sql import FIRST_PAGE, Queries, Refused
-from sql.database import TIMEOUT, Unavailable, create_pool, migrate, read_url, reason, time_of, timestamp_of, to_json
+from sql import FIRST_PAGE, Queries, Refused, Unavailable
+from sql.database import TIMEOUT, create_pool, migrate, read_url, reason, time_of, timestamp_of, to_json
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -379,8 +379,8 @@ async def list_response(request: Request, completed: bool | None) -> Response:
     page = await anext(pages)
     text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
     if count == FIRST_PAGE:  # there may be more
-        turn = queries(request).turn(request.user, "long list", LONG_LISTS)
-        async with asyncio.timeout(TIMEOUT), turn, request.state.long_lists:
+        of_user = queries(request).semaphore(request.user, "long list", LONG_LISTS)
+        async with asyncio.timeout(TIMEOUT), of_user, request.state.long_lists:
             while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
                 text += b"," + to_json(page)[1:-1]
                 count += len(page)

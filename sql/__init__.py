@@ -14,17 +14,21 @@ from weakref import WeakValueDictionary
 
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
-from sql.database import NAMES, TIMEOUT, Connection, Unavailable, apply_schema_when_possible, reason, traced
+from sql import database
+from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classified
+
+__all__ = ["FIRST_PAGE", "Queries", "Refused", "Unavailable"]
 
 Task = Record | None
 Versions = list[int] | None  # as all timestamps here, in microseconds since 2000
 
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
-MAX_BATCH, MAX_DELAY = 32, 0.01  # calls; seconds of a batch after which the next ones get another connection
+MAX_BATCH = 32  # calls
+MAX_DELAY = 0.01  # seconds that a batch may take before another connection serves those that wait for it
 FIRST_PAGE, NEXT_PAGE = 50, 320  # tasks of a list; the first page shares a batch, so it is small
-READS_AT_ONCE = 3  # of a user and a statement, that go alone
-BEFORE_ALL = (2**63 - 1, 2**63 - 1)  # this time is infinity
+READS_AT_ONCE = 3  # going alone, of a user and a statement
+NEWEST = (2**63 - 1, 2**63 - 1)  # a created_at and an id that come before all in a list; this time is infinity
 
 # WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
 BOUND = (
@@ -32,7 +36,9 @@ BOUND = (
     r"|INSERT INTO task \(user_id, [^()]+\) VALUES \(\$1, [^()]+\) RETURNING [^()]+"
 )
 KEY_CONFLICT = " ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
+# What each has exactly once: the table, its owner, a verb, a word before a table.
 ONCE = (r"\btask\b", r"\buser_id\b", r"\b(SELECT|UPDATE|DELETE|INSERT)\b", r"\b(FROM|INTO|UPDATE|JOIN|USING|TABLE)\b")
+# What none has: OR, a comment, a quoted name, an escape, a second statement, a placeholder elsewhere, a dollar quote.
 NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;{]|\$\D"
 
 
@@ -53,33 +59,12 @@ UPDATE_TASK, COMPLETE_TASK, DELETE_TASK = load("update_task.sql"), load("complet
 READS = (GET_TASK, GET_TASK_BY_KEY, LIST_TASKS, LIST_TASKS_BY_STATUS)
 
 
-class Refused(Exception):
-    """The database does not accept such values. Nothing was changed. The text names the constraint, if it is one."""
-
-
-# SQLSTATEs (PostgreSQL, Appendix A). 42P01 and 42501: the table or its grants are being restored.
-TRANSIENT, INVALID = "(08|25|28|3D|40|53|55|57|58)...|42P01|42501|26000|42P05", "(22|23)...|P0001"
-NOT_YET = "55P03|40001|40P01"  # a lock, a deadlock or a serialization failure: nothing was done, a retry may succeed
-OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creations with one key may violate it instead
-
-
-def classified(error: Exception) -> Exception:
-    """Return what a caller is told of an error: Unavailable, Refused or, of a bug, the error itself."""
-    sqlstate = getattr(error, "sqlstate", None) or ""
-    if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError is one too
-        return Unavailable(reason(error))
-    # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
-    taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
-    if re.fullmatch(INVALID, sqlstate) and not taken_id:
-        return Refused(getattr(error, "constraint_name", None) or "")
-    return error
-
-
 class Call(NamedTuple):
     user_id: str
     parameters: tuple[object, ...]
-    rows: asyncio.Future[list[Record]]
     deadline: float  # by the clock of the event loop
+    rows: list[Record]  # that it has got
+    done: asyncio.Future[None]
 
 
 class Queries:
@@ -88,24 +73,26 @@ class Queries:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         # opentelemetry-instrument has loaded it before this program; otherwise nothing does.
-        self.span = traced if "opentelemetry" in sys.modules else nullcontext
+        self.span = database.traced if "opentelemetry" in sys.modules else nullcontext
         self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.schema_applied = False  # until it is, all methods raise Unavailable
-        self.waiting: dict[str, list[Call]] = {}  # that a sender takes, by their statement
+        self.queues: dict[
+            str, list[Call]
+        ] = {}  # of the statements that have a sender, which takes the calls from there
         self.senders: set[asyncio.Task[None]] = set()
-        self.half = pool.get_max_size() // 2  # of the connections; the other half is always for senders
-        self.alone = asyncio.Semaphore(max(1, self.half))
-        # For each task that is changed, and for what each user has in progress at once.
-        self.turns: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
+        # One half of the connections is for batches, the other for calls that go alone. A pool of one has one for both.
+        self.half_of_pool = pool.get_max_size() // 2
+        self.other_half = asyncio.Semaphore(max(1, self.half_of_pool))
+        self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def apply_schema(self) -> None:
         """Apply the schema, however long the database takes to appear."""
-        await apply_schema_when_possible(self.pool)
+        await database.apply_schema_when_possible(self.pool)
         self.schema_applied = True
 
-    def turn(self, user_id: str, of: object, at_once: int = 1) -> asyncio.Semaphore:
-        """Return the semaphore that lets a user have so many of these in progress; unused, it is forgotten."""
-        return self.turns.setdefault((user_id, of), asyncio.Semaphore(at_once))
+    def semaphore(self, user_id: str, work: object, at_once: int = 1) -> asyncio.Semaphore:
+        """Return the semaphore of a user and some work. It lives as long as somebody holds it or waits for it."""
+        return self.semaphores.setdefault((user_id, work), asyncio.Semaphore(at_once))
 
     async def get_task(self, user_id: str, task_id: int) -> Task:
         """Return a task, or None where the caller has none with this id."""
@@ -114,12 +101,12 @@ class Queries:
 
     async def list_tasks(self, user_id: str, completed: bool | None) -> AsyncIterator[list[Record]]:
         """Yield the caller's tasks in lists, newest first: all of them, or those that are completed or are not."""
-        statement, status = (LIST_TASKS, ()) if completed is None else (LIST_TASKS_BY_STATUS, (completed,))
-        size, page = FIRST_PAGE, await self._send(statement, user_id, *BEFORE_ALL, FIRST_PAGE, *status)
+        statement, filters = (LIST_TASKS, ()) if completed is None else (LIST_TASKS_BY_STATUS, (completed,))
+        size, page = FIRST_PAGE, await self._send(statement, user_id, *NEWEST, FIRST_PAGE, *filters)
         yield page
         while len(page) == size:
             last, size = (page[-1]["created_at"], page[-1]["id"]), NEXT_PAGE
-            page = await self._send(statement, user_id, *last, size, *status, alone=True)
+            page = await self._send(statement, user_id, *last, size, *filters, alone=True)
             for first in range(0, len(page), FIRST_PAGE):  # short ones: a client may never read the JSON of the others
                 yield page[first : first + FIRST_PAGE]
 
@@ -149,9 +136,9 @@ class Queries:
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Task:
         # A process makes one change of a task at a time: others would only hold connections. A change that had to wait
         # is sent alone, since the reason may be a lock, which would hold up a batch.
-        busy = (user_id, task_id) in self.turns
+        busy = (user_id, task_id) in self.semaphores  # which forgets it when nobody changes the task
         try:
-            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.turn(user_id, task_id):
+            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
                 rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
                 return rows[0] if rows else None
         except TimeoutError as error:
@@ -164,22 +151,26 @@ class Queries:
         deadline, pause, resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
         with self.span(statement):
             while True:
-                call = Call(user_id, parameters, self.loop.create_future(), deadline)
+                call = Call(user_id, parameters, deadline, [], self.loop.create_future())
                 try:
                     if alone:
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
                             at_once = READS_AT_ONCE if statement in READS else 1  # which may wait for a lock
-                            async with self.turn(user_id, statement, at_once), self.alone:
-                                await self._send_calls(statement, [call])
-                    elif statement in self.waiting:
-                        self.waiting[statement].append(call)
+                            async with self.semaphore(user_id, statement, at_once), self.other_half:
+                                await self._send_queue(statement, [call])
+                    elif statement in self.queues:
+                        self.queues[statement].append(call)
                     else:
-                        self._start_sender(statement, [call])
-                    return await call.rows
+                        self.queues[statement] = [call]
+                        self._start_sender(statement)
+                    await call.done
+                    return call.rows
                 except Exception as error:
                     # Sent again, alone: a call of a batch that was refused, one that met a lock, and once a lost read.
-                    not_yet = OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, str(getattr(error, "sqlstate", "")))
+                    not_yet = database.OLD_KEY_INDEX in str(error) or re.fullmatch(
+                        database.NOT_YET, str(getattr(error, "sqlstate", ""))
+                    )
                     lost = resend and isinstance(error, ConnectionError)
                     # A PostgresError has rolled the whole batch back, so even a write can be sent again.
                     if not (lost or (isinstance(error, PostgresError) and (not_yet or not alone))):
@@ -188,62 +179,62 @@ class Queries:
                     pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
                     alone = True
 
-    def _start_sender(self, statement: str, calls: list[Call]) -> None:
-        self.waiting[statement] = calls  # to which others are appended
-        sender = self.loop.create_task(self._send_calls(statement, calls))
+    def _start_sender(self, statement: str) -> None:
+        sender = self.loop.create_task(self._send_queue(statement, self.queues[statement]))
         self.senders.add(sender)
         sender.add_done_callback(self.senders.discard)
 
-    def _pass_on(self, statement: str, calls: list[Call]) -> None:
-        """Give what waits for a sender to another one: it is done, or its batch has been in flight for MAX_DELAY."""
-        if self.waiting.get(statement) is calls:
-            del self.waiting[statement]
-            if calls:
-                self._start_sender(statement, calls[:])
-                calls.clear()
+    def _leave_queue(self, statement: str, queue: list[Call]) -> None:
+        """Leave what waits in the queue of a statement to another sender, unless that has been done before."""
+        if self.queues.get(statement) is queue:
+            del self.queues[statement]
+            if queue:
+                self.queues[statement] = queue.copy()
+                queue.clear()
+                self._start_sender(statement)
 
-    async def _send_calls(self, statement: str, calls: list[Call]) -> None:
-        """Send calls in batches over one connection, off the list, until none are left, one fails, or others wait."""
+    async def _send_queue(self, statement: str, queue: list[Call]) -> None:
+        """Send calls over one connection, in batches, until none are left, a batch fails, or others need it.
+
+        A batch is one message and one transaction. Each row that comes back has the number of its call.
+        """
         connection: Any = None  # a Connection
         try:
-            while calls:
+            while queue:
                 if len(self.senders) > 1:  # while the database is busy, let more requests come into the batch
                     await asyncio.sleep(0)
-                batch, calls[:MAX_BATCH] = calls[:MAX_BATCH], []
-                timer = self.loop.call_later(MAX_DELAY, self._pass_on, statement, calls)
+                batch, queue[:MAX_BATCH] = queue[:MAX_BATCH], []
+                deadline = batch[0].deadline  # of the call that has waited longest
+                timer = self.loop.call_later(MAX_DELAY, self._leave_queue, statement, queue)
                 if not connection:
-                    async with asyncio.timeout_at(batch[0].deadline):
+                    async with asyncio.timeout_at(deadline):
                         connection = await self.pool.acquire()
-                await self._send_batch(connection, statement, batch)
+                if statement not in READS:  # by user and id, or two batches could wait for each other's locks
+                    batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
+                parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
+                seconds = deadline - self.loop.time()
+                async with connection.bounded(seconds):
+                    rows = await connection.fetchmany(statement, parameters, timeout=seconds)
+                for row in rows:
+                    call = batch[row["call"]]
+                    if row["user_id"] != call.user_id:
+                        raise RuntimeError("a statement has returned a row of somebody else")
+                    call.rows.append(row)
+                for call in batch:
+                    if not call.done.done():  # as it is where the caller was cancelled
+                        call.done.set_result(None)
                 timer.cancel()
-                if len(self.senders) > self.half:
+                if len(self.senders) > self.half_of_pool:
                     break  # others may wait for the connection
         except Exception as error:
+            if isinstance(error, (ConnectionError, ReadOnlySQLTransactionError)):
+                # A restart ends all the connections of a pool, a failover leaves them with what is a standby now.
+                await self.pool.expire_connections()
             for call in batch:
-                if not call.rows.done():  # it is where the caller was cancelled
-                    call.rows.set_exception(error)
+                if not call.done.done():
+                    call.done.set_exception(error)
         finally:
-            self._pass_on(statement, calls)
+            self._leave_queue(statement, queue)
             if connection:
                 with suppress(Exception):  # the pool has closed it then
                     await self.pool.release(connection, timeout=RELEASE_TIMEOUT)
-
-    async def _send_batch(self, connection: Connection, statement: str, batch: list[Call]) -> None:
-        """Send a statement for the calls, in one message and one transaction, and give each its rows."""
-        if statement not in READS:  # in one order, or two batches could wait for each other's locks
-            batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
-        parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
-        try:
-            rows = await connection.execute_for_each(statement, parameters, batch[0].deadline - self.loop.time())
-        except (ConnectionError, ReadOnlySQLTransactionError):
-            # A restart ends all the connections of a pool, a failover leaves them with what is a standby now.
-            await self.pool.expire_connections()
-            raise
-        answers: list[list[Record]] = [[] for _ in batch]
-        for row in rows:
-            if row["user_id"] != batch[row[-1]].user_id:
-                raise RuntimeError("a statement has returned a row of somebody else")
-            answers[row[-1]].append(row)
-        for call, answer in zip(batch, answers, strict=True):
-            if not call.rows.done():
-                call.rows.set_result(answer)

@@ -1,4 +1,4 @@
-"""The database: its rows, its URL, the connections to it, and the schema."""
+"""The database: its rows, its errors, its URL, the connections to it, and the schema."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ import logging
 import re
 import ssl
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,12 @@ def timestamp_of(time: str) -> int | None:
     return None
 
 
-TIMEOUT = 8.0  # seconds that a call may take, second tries included
-LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
-SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
-# Keys of a URL that are read here, or left out without a word: sslmode=verify-full protects as channel binding does.
-OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
-            "channel_binding", "gssencmode"}  # fmt: skip
-
-
 class Unavailable(Exception):
     """The database cannot be reached, or not in time. A write may have been made. The text is for the log."""
+
+
+class Refused(Exception):
+    """The database does not accept such values. Nothing was changed. The text names the constraint, if it is one."""
 
 
 def reason(error: BaseException) -> str:
@@ -66,6 +62,37 @@ def reason(error: BaseException) -> str:
         return str(error)
     text = "it took too long" if isinstance(error, TimeoutError) else str(error)
     return ": ".join([type(error).__name__, *text.splitlines()[:1]])
+
+
+# What says that a connection is lost, though asyncpg may not count it as closed yet.
+LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
+
+# SQLSTATEs (PostgreSQL, Appendix A) of what passes by itself, or when somebody has mended the database.
+TRANSIENT = (
+    "(08|25|28|3D|40|53|55|57|58)..."
+    "|42P01|42501"  # the table or its grants are not there, as while a backup is restored
+    "|26000|42P05"  # a prepared statement is not there, or is already, as through a pooler
+)
+INVALID = "(22|23)...|P0001"  # a value that the database cannot take, breaks a constraint, or that a trigger rejects
+NOT_YET = "55P03|40001|40P01"  # a lock, a serialization failure, a deadlock: nothing was done, a retry may succeed
+OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creations with one key may violate it instead
+
+
+def classified(error: Exception) -> Exception:
+    """Return what a caller is told of an error: Unavailable, Refused or, of a bug, the error itself."""
+    sqlstate = getattr(error, "sqlstate", None) or ""
+    if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError is one too
+        return Unavailable(reason(error))
+    # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
+    taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
+    if re.fullmatch(INVALID, sqlstate) and not taken_id:
+        return Refused(getattr(error, "constraint_name", None) or "")
+    return error
+
+
+# Keys of a URL that are read here, or left out without a word: sslmode=verify-full protects as channel binding does.
+OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
+            "channel_binding", "gssencmode"}  # fmt: skip
 
 
 def read_url(url: str) -> dict[str, Any]:
@@ -82,12 +109,12 @@ def read_url(url: str) -> dict[str, Any]:
             query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
         timeout = query.get("connect_timeout", "10")
         parts = parts._replace(scheme=parts.scheme.partition("+")[0], query=urlencode(query))
-        nothing_else = dict.fromkeys(inspect.signature(parse_dsn).parameters)
-        addresses, parameters = parse_dsn(**nothing_else | {"dsn": parts.geturl()})
+        unset = dict.fromkeys(inspect.signature(parse_dsn).parameters)
+        addresses, parameters = parse_dsn(**unset | {"dsn": parts.geturl()})
         ports = [address[1] for address in addresses if isinstance(address, tuple)]
-        # Where a password has one of these unescaped, asyncpg takes a part of it, or the user, for the host.
-        escaped = re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
-        if not escaped or not all(0 < port < 65_536 for port in ports):
+        # Of a password with an unescaped @, / or ?, asyncpg would take a part for the host.
+        well_formed = re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
+        if not well_formed or not all(0 < port < 65_536 for port in ports):
             raise ValueError
     except Exception:  # whose text may hold the password
         raise ValueError(
@@ -103,6 +130,11 @@ def read_url(url: str) -> dict[str, Any]:
     if 6543 in ports or any(sign in url for sign in ("pgbouncer=true", "statement_cache_size=0")):  # Supabase's port
         arguments["statement_cache_size"] = 0
     return arguments
+
+
+TIMEOUT = 8.0  # seconds that a call may take, second tries included
+LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
+SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 
 
 def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
@@ -151,25 +183,24 @@ class Connection(asyncpg.Connection):
             self.terminate()
             raise
 
-    async def execute_for_each(self, statement: str, parameters: Sequence[Any], seconds: float) -> list[Record]:
-        """Send a statement with each of the parameters, in one message and one transaction; return all rows.
+    @contextlib.asynccontextmanager
+    async def bounded(self, seconds: float) -> AsyncIterator[None]:
+        """Bound a statement: it may wait LOCK_TIMEOUT for a lock, and so many seconds in all.
 
-        Raise ConnectionError if the connection is lost or does not answer in so many seconds, or what asyncpg raises.
+        Raise ConnectionError if the connection is lost or does not answer in time.
         """
         try:
-            if not self.sets_lock_timeout:
-                return await self.fetchmany(statement, parameters, timeout=seconds)
-            async with asyncio.timeout(seconds), self.transaction():
-                await self.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
-                return await self.fetchmany(statement, parameters)
+            if self.sets_lock_timeout:
+                async with asyncio.timeout(seconds), self.transaction():
+                    await self.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+                    yield
+            else:
+                yield
         except Exception as error:
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
             raise
 
-
-# What tells of the end of a connection that may not count as closed yet.
-LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
 
 SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
 BEGIN = """
@@ -201,7 +232,7 @@ async def apply_schema(pool: Pool) -> None:
             present = {row[0] for row in await connection.fetch(PRESENT)}
             if present and "request_hash" not in present:
                 await connection.execute(ADOPT, timeout=SCHEMA_TIMEOUT)
-            if not present >= EXPECTED:  # IF NOT EXISTS takes the right to create even where there is nothing to do
+            if not present >= EXPECTED:  # IF NOT EXISTS needs the CREATE privilege even where all is there
                 await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
     except Exception as error:  # whatever it is, someone can mend it in the database
         raise Unavailable(reason(error)) from None

@@ -144,7 +144,8 @@ class Row(tuple[Any, ...]):
     """A row of which the columns have names, as a Record has, but which can be made of values."""
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(sql.database.NAMES.index(key) if isinstance(key, str) else key)
+        columns = (*sql.database.NAMES, "call")
+        return super().__getitem__(columns.index(key) if isinstance(key, str) else key)
 
 
 class Mixed(Spy):
@@ -247,7 +248,7 @@ def test_who_no_longer_waits_disturbs_nobody_who_does(filled_url: str) -> None:
     async def check() -> None:
         async with held_queries(filled_url) as queries:
             reads = [asyncio.create_task(queries.get_task(user_id, 1)) for user_id in USERS[:9]]
-            await wait_in_loop_until(lambda: len(queries.waiting[sql.GET_TASK]) == 9)
+            await wait_in_loop_until(lambda: len(queries.queues[sql.GET_TASK]) == 9)
             for read in reads[::3]:
                 read.cancel()
             Held.gate.set()
@@ -349,7 +350,7 @@ def test_what_a_thousand_users_change_at_once_is_what_each_has(database_url: str
             }
             changes: list[tuple[str, Callable[[], Awaitable[Any]], Task | None]] = []  # with what they are to change
             for number, (user_id, task) in enumerate(tasks.items()):
-                task_id, now, never = task["id"], [task["updated_at"]], [sql.BEFORE_ALL[0]]
+                task_id, now, never = task["id"], [task["updated_at"]], [sql.NEWEST[0]]
                 others = ids[USERS[int(user_id.removeprefix("user-")) - 1]]
                 put = changes_of(title=f"of {user_id}")
                 own: list[tuple[Callable[[], Awaitable[Any]], Task | None]] = [

@@ -226,7 +226,7 @@ def test_changes_of_one_task_go_one_at_a_time(database_url: str, is_locked: bool
             tasks = {row["user_id"]: (row["title"], row["completed"]) for row in await pool.fetch("SELECT * FROM task")}
             assert tasks == {"alice": ("changed", True), "bob": ("a task", True)}
             gc.collect()
-            assert not queries.turns  # nothing is kept of it
+            assert not queries.semaphores  # nothing is kept of it
 
     asyncio.run(check())
 
