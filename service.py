@@ -5,9 +5,8 @@
     uv run service.py migrate         create or convert the table and exit
     uvicorn service:app               the same application under a server of yours, without HttpProtocol
 
-This file is the whole program, but for `sql/`, which has the statements and sends them. It tells the story first: the
-fields, the handlers and the route table. What they use follows in this order: requests, answers, identity, the OpenAPI
-document, settings, the application, and the server.
+This file is the program, and `sql/` has its statements and sends them. The fields, the handlers and the route table
+come first. What they use follows: requests, answers, identity, OpenAPI, settings, the application, and the server.
 """
 
 import asyncio
@@ -56,11 +55,10 @@ VERSION = "2.0.0"
 # --- The API ---------------------------------------------------------------------------------------------------------
 
 # The fields of a task that its owner sets, as JSON Schema: requests are checked by these, and OpenAPI publishes them.
-# Their order is that of the parameters in create_task.sql and update_task.sql.
+# Their order is that of the parameters in create_task.sql and update_task.sql. README lists what else a new one takes.
 FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
-        "minLength": 1,
         "maxLength": 200,
         "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # right in JavaScript, whose \s differs, too
         "description": "At least one character is not white space. Kept exactly as sent.",
@@ -146,7 +144,7 @@ API: dict[str, dict[str, Handler]] = {
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
 JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
-IDEMPOTENCY_KEY = r'"[!-~]{1,255}"|(?!""$)[!-~]{1,255}'  # perhaps in quotes
+IDEMPOTENCY_KEY = r'"[!-~]{1,255}"|(?!""$)[!-~]{1,255}'  # perhaps in quotes; "" is empty
 ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*")  # section 5.6.1
 
@@ -218,7 +216,7 @@ TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "st
 def valid_value(rule: Mapping[str, Any], value: object) -> object:
     """Return a value of a field as the database takes it; raise ValueError with a message to put after its name.
 
-    Checked are type (one, perhaps with null), minimum, maximum, maxLength, pattern and the format date (RFC 3339).
+    A rule may have type (one, perhaps with null), minimum, maximum, maxLength, pattern and the format date (RFC 3339).
     """
     types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
     if value is None and "null" in types:
@@ -396,17 +394,26 @@ async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Re
     """Yield the JSON of a long list. An exception ends the connection, so that no client takes it for whole."""
     if request.method != "HEAD":
         yield memoryview(text)
-        del text
+        del text  # or it would stay as long as the stream
         async for page in pages:
             yield b"," + to_json(page)[1:-1]
         yield b"]}"
+
+
+log = logging.getLogger("service")
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of the issuer's keys
+# Drop uvicorn's message about an answer that broke off: it has a line already.
+logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
+UNDER_API = re.compile("/api(/|$)")
+quoted = json.JSONEncoder().encode  # a value for the log, in quotes and on one line, whatever is in it
 
 
 class Answers:
     """ASGI middleware around everything: the headers that all answers have, and the log line of each request.
 
     It also makes a path with a trailing slash the same as the one without. Only requests that name an origin, as
-    browsers do, go through CORS: for the others it would add an eighth to their cost.
+    browsers do, go through CORS, which makes a request an eighth dearer.
     """
 
     def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
@@ -431,9 +438,9 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app:  # CORSMiddleware adds it otherwise
+                if app is self.app:  # so that no cache gives it to a browser; CORSMiddleware adds it otherwise
                     added.append((b"vary", b"Origin"))
-                if under_api.match(scope["path"]):
+                if UNDER_API.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
                     added.append((b"cache-control", b"private, no-cache" if reading else b"no-store"))
                 message["headers"] = [*message["headers"], *added]
@@ -443,6 +450,8 @@ class Answers:
         try:
             await app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
+            if "status" not in scope:
+                await (await error_response(Request(scope), ApiError(503)))(scope, receive, send_with_headers)
             scope["error"] = "cut off, as the service was stopped"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             if isinstance(error.__cause__, Unavailable):  # Starlette raises its own error from that of a stream
@@ -450,8 +459,6 @@ class Answers:
             else:
                 bug = error
         status, ms = scope.get("status", 500), (time.perf_counter() - started) * 1000
-            if "status" not in scope:
-                await (await error_response(Request(scope), ApiError(503)))(scope, receive, send_with_headers)
         line = f"method={scope['method']} path={quoted(path[:200])} status={status} ms={ms:.1f} id={request_id}"
         line += "".join(f" {name}={quoted(scope[name])}" for name in ("user", "error") if name in scope)
         if bug:
@@ -472,15 +479,6 @@ class Answers:
             sys.stdout.write(self.lines)
             sys.stdout.flush()
         self.lines = ""
-
-
-log = logging.getLogger("service")
-logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of the issuer's keys
-# Drop uvicorn's message about an answer that broke off: it has a line already.
-logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
-under_api = re.compile("/api(/|$)")
-quoted = json.JSONEncoder().encode  # a value for the log, in quotes and on one line, whatever is in it
 
 
 # --- Identity: who is calling ----------------------------------------------------------------------------------------
@@ -515,7 +513,7 @@ class Identity:
     async def caller(self, authorization: str) -> str:
         """Return the user id that an Authorization header proves; raise 401, or 503 for want of the issuer's keys."""
         scheme, _, token = authorization.partition(" ")
-        token = token.strip()
+        token = token.strip(" ")
         if scheme.lower() != "bearer" or not token:
             raise ApiError(401)
         user_id, expires = self.verified.get(token, ("", 0.0))
@@ -601,7 +599,7 @@ class Identity:
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
                 log.warning("%s: no keys could be fetched: %s", place, reason(error))
-            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)
+            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # for all who are waiting, too
 
 
 def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
@@ -627,7 +625,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
-        if scope["type"] == "http" and under_api.match(scope["path"]):
+        if scope["type"] == "http" and UNDER_API.match(scope["path"]):
             try:
                 scope["user"] = await self.identity.caller(header(scope, b"authorization") or "")
             except ApiError as error:
@@ -715,7 +713,6 @@ def json_object(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 TEXT = {"type": "string"}
 HEADERS = {200: ["ETag"], 201: ["ETag", "Location"], 304: ["ETag"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
-
 TIMESTAMP = TEXT | {"format": "date-time", "examples": ["2026-01-31T08:15:30.123456+00:00"]}
 SHOWN = ("type", "format", "examples")  # keywords that hold for answers too; older tasks may break the limits
 TASK = {
@@ -900,17 +897,16 @@ def create_app(settings: Settings) -> ASGIApp:
         pool = await create_pool(**settings.database)
         statements = Queries(pool)
         jobs = (statements.apply_schema(), identity.keep_keys_fresh(), end_with_supervisor())
-        tasks = [asyncio.create_task(job) for job in jobs]
-        await asyncio.wait(tasks[:1], timeout=STARTUP_TIMEOUT)
+        running = [asyncio.create_task(job) for job in jobs]
+        await asyncio.wait(running[:1], timeout=STARTUP_TIMEOUT)
         # Left alone, the garbage collector looks at all the modules again and again, for a large part of each request.
         gc.freeze()
         gc.set_threshold(5_000)  # more would let streams that clients have broken off pile up
         yield {"queries": statements, "long_lists": asyncio.Semaphore(LONG_LISTS)}
-        for task in tasks:
-            task.cancel()
+        for job in running:
+            job.cancel()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SHUTDOWN_TIMEOUT):
-                await pool.close()  # past the timeout it terminates the connections instead
+            await asyncio.wait_for(pool.close(), SHUTDOWN_TIMEOUT)  # past which it terminates the connections
 
     app = Starlette(
         routes=ROUTES,
@@ -957,18 +953,18 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.connection = transport
-        self.is_closing = transport.is_closing
         self.transport = self  # type: ignore[assignment]  # so that uvicorn writes and closes through this class
+        self.is_closing = transport.is_closing  # which uvicorn asks it too
         self.written: list[bytes] = []  # and not sent yet
         self.arriving = False  # whether a request has begun and is not complete
         self.size = 0  # bytes since the last complete head or piece of a body
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # by which Linux closes a connection whose client reads nothing
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.deadline.cancel()
-
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # by which Linux closes a connection whose client reads nothing
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
@@ -1067,9 +1063,9 @@ def main() -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal comes. Several workers read the environment again, each for itself."""
+    """Serve until a signal comes. Of several workers each reads the environment again and makes its application."""
     uvicorn.run(
-        create_app(settings) if settings.workers == 1 else "service:app",  # which each worker makes for itself
+        create_app(settings) if settings.workers == 1 else "service:app",
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
