@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
 from sql import database
-from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classified
+from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classified, may_succeed_later
 
 __all__ = ["FIRST_PAGE", "Queries", "Refused", "Unavailable"]
 
@@ -76,9 +76,7 @@ class Queries:
         self.span = database.traced if "opentelemetry" in sys.modules else nullcontext
         self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.schema_applied = False  # until it is, all methods raise Unavailable
-        self.queues: dict[
-            str, list[Call]
-        ] = {}  # of the statements that have a sender, which takes the calls from there
+        self.queues: dict[str, list[Call]] = {}  # by their statement, each with a sender that takes the calls
         self.senders: set[asyncio.Task[None]] = set()
         # One half of the connections is for batches, the other for calls that go alone. A pool of one has one for both.
         self.half_of_pool = pool.get_max_size() // 2
@@ -168,9 +166,7 @@ class Queries:
                     return call.rows
                 except Exception as error:
                     # Sent again, alone: a call of a batch that was refused, one that met a lock, and once a lost read.
-                    not_yet = database.OLD_KEY_INDEX in str(error) or re.fullmatch(
-                        database.NOT_YET, str(getattr(error, "sqlstate", ""))
-                    )
+                    not_yet = may_succeed_later(error)
                     lost = resend and isinstance(error, ConnectionError)
                     # A PostgresError has rolled the whole batch back, so even a write can be sent again.
                     if not (lost or (isinstance(error, PostgresError) and (not_yet or not alone))):

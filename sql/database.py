@@ -74,8 +74,13 @@ TRANSIENT = (
     "|26000|42P05"  # a prepared statement is not there, or is already, as through a pooler
 )
 INVALID = "(22|23)...|P0001"  # a value that the database cannot take, breaks a constraint, or that a trigger rejects
-NOT_YET = "55P03|40001|40P01"  # a lock, a serialization failure, a deadlock: nothing was done, a retry may succeed
+NOT_YET = "55P03|40001|40P01"  # somebody's lock, a serialization failure, a deadlock
 OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creations with one key may violate it instead
+
+
+def may_succeed_later(error: Exception) -> bool:
+    """Return whether an error is of a statement that has done nothing, and may succeed when it is sent again."""
+    return OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
 
 
 def classified(error: Exception) -> Exception:
