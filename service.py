@@ -167,6 +167,8 @@ async def read_json(request: Request, *, empty: str = "") -> object:
             content += chunk
             if len(content) > BODY_LIMIT:
                 raise ApiError(413)
+    if "refused" in request.scope:  # by HttpProtocol, before the body was complete
+        raise request.scope["refused"]
     media_type = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
     if content and not JSON_MEDIA_TYPE.fullmatch(media_type):
         raise ApiError(415)
@@ -450,8 +452,6 @@ class Answers:
         try:
             await app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
-            if "status" not in scope:
-                await (await error_response(Request(scope), ApiError(503)))(scope, receive, send_with_headers)
             scope["error"] = "cut off, as the service was stopped"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             if isinstance(error.__cause__, Unavailable):  # Starlette raises its own error from that of a stream
@@ -867,7 +867,10 @@ class Resource:
         handler = self.handlers.get(scope["method"])
         if handler is None:
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(self.handlers))})
-        response = await handler(Request(scope, receive, send))
+        try:
+            response = await handler(Request(scope, receive, send))
+        except asyncio.CancelledError:  # the time for requests in flight is over
+            response = await error_response(Request(scope), ApiError(503, "The service is stopping, try again soon"))
         await response(scope, receive, send)
 
 
@@ -936,8 +939,7 @@ HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of th
 REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or the start of a connection, to its end
 UNREAD_TIMEOUT = 300_000  # milliseconds for which a client may read nothing of an answer
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
-REFUSALS = {
-    400: "The request must be valid HTTP/1.1",
+DETAILS |= {
     408: f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds",
     431: f"The head of a request must have at most {HEAD_LIMIT} bytes",
 }
@@ -1027,11 +1029,18 @@ class HttpProtocol(HttpToolsProtocol):
         self.connection.close()
 
     def refuse(self, status: int) -> None:
-        """Close the connection, with an error if a request is arriving whose answer has not begun."""
-        if self.arriving and not (self.cycle and self.cycle.response_started):
-            error = JSONResponse({"detail": REFUSALS[status]}, status, {"Connection": "close"})
-            head = b"".join(b"%b: %b\r\n" % header for header in error.raw_headers)
-            self.write(STATUS_LINE[status] + head + b"\r\n" + error.body)
+        """Read no more, answer the request that is arriving with an error unless it has an answer, and close."""
+        error = ApiError(status, "The request must be valid HTTP/1.1" if status == 400 else "")
+        if self.cycle and not self.cycle.response_complete:  # the application answers, and uvicorn closes after it
+            self.connection.pause_reading()
+            self.cycle.scope.update(refused=error)  # type: ignore[call-arg]
+            self.cycle.keep_alive = self.cycle.more_body = False
+            self.cycle.message_event.set()
+            return
+        if self.arriving and not self.cycle:
+            answer = JSONResponse({"detail": error.detail}, status, {"Connection": "close"})
+            head = b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)
+            self.write(STATUS_LINE[status] + head + b"\r\n" + answer.body)
         self.close()
 
 

@@ -17,7 +17,6 @@ import psutil
 import psycopg
 import pytest
 
-from tests.support.database import UNAVAILABLE
 from tests.support.fixtures import StartService
 from tests.support.service_process import Client, Service, new_user_id
 from tests.support.waiting import wait_until
@@ -32,6 +31,7 @@ from tests.support.wire import (
     wait_until_read,
 )
 
+ALLOWED_ORIGIN = "Origin: http://localhost:3000"
 SOONER: dict[str, object] = {
     "service.KEEP_ALIVE": 1,
     "service.UNREAD_TIMEOUT": 1000,
@@ -219,6 +219,41 @@ def test_half_a_request_is_not_waited_for_however_often_a_byte_of_it_comes(
         assert connection.is_closed()
 
 
+@pytest.mark.parametrize(
+    ("length", "body", "status"),
+    [
+        ("Content-Length: 2", b"{", 408),
+        ("Transfer-Encoding: chunked", b"x\r\n", 400),
+    ],
+)
+def test_a_body_that_does_not_arrive_is_answered_as_all_requests_are(
+    impatient: Service, length: str, body: bytes, status: int
+) -> None:
+    request_id = uuid.uuid4().hex
+    with impatient.client("alice") as alice, Raw(impatient) as connection:
+        headers = (bearer(alice), length, f"X-Request-ID: {request_id}", ALLOWED_ORIGIN)
+        connection.send("POST /api/tasks", *headers, content=body)
+        answer = connection.answer()
+        assert answer.status == status
+        assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+        assert answer.headers["x-request-id"] == request_id
+        assert answer.headers["cache-control"] == "no-store"
+        assert connection.is_closed()
+        assert alice.tasks() == []
+    assert f" status={status} " in impatient.log_line(request_id)
+
+
+def test_a_list_comes_whole_although_a_body_that_it_does_not_need_never_comes(impatient: Service) -> None:
+    with impatient.client("many") as client, Raw(impatient) as connection:
+        connection.send("GET /api/tasks", bearer(client), "Content-Length: 1")
+        begun, content = time.monotonic(), b""
+        while piece := connection.socket.recv(1_000_000):
+            content = content[-10:] + piece
+            time.sleep(0.03)
+        assert time.monotonic() - begun > 1.5  # seconds; a request has one to arrive
+        assert content.endswith(b"]}\r\n0\r\n\r\n")
+
+
 @pytest.mark.parametrize("first", [EXPECT, "Content-Length: 70000"])
 def test_of_a_request_that_is_refused_the_rest_is_not_waited_for_either(impatient: Service, first: str) -> None:
     with Raw(impatient) as connection:
@@ -341,16 +376,16 @@ def test_what_is_done_when_the_service_is_stopped_is_answered(service: Service) 
             stopped.remove()
 
 
-def test_a_request_that_a_stop_cuts_off_gets_the_answer_of_an_outage(
-    database_url: str, start_service: StartService
-) -> None:
+def test_a_request_that_a_stop_cuts_off_is_answered(database_url: str, start_service: StartService) -> None:
     service = start_service(database_url, constants={"service.SHUTDOWN_GRACE": 1})
     service.wait_until_ready()
     with Raw(service) as connection:
-        connection.send("POST /api/tasks", bearer(service.client("alice")), "Content-Length: 2", "X-Request-ID: cut")
+        alice = bearer(service.client("alice"))
+        connection.send("POST /api/tasks", alice, "Content-Length: 2", "X-Request-ID: cut", ALLOWED_ORIGIN)
         wait_until_read(service)
         service.process.send_signal(signal.SIGTERM)
         answer = connection.answer()
-    assert (answer.status, answer.json()) == (503, UNAVAILABLE)
+    assert (answer.status, answer.json()) == (503, {"detail": "The service is stopping, try again soon"})
+    assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
     service.stop()
-    assert service.log_line("cut").endswith(' user="alice" error="cut off, as the service was stopped"')
+    assert service.log_line("cut").endswith(' user="alice" error="The service is stopping, try again soon"')

@@ -26,7 +26,7 @@ OVERRIDDEN = {
 }  # fmt: skip
 USED = {
     "self": {"parser", "loop", "transport", "cycle", "headers", "url", "_unset_keepalive_if_required"},
-    "cycle": {"keep_alive", "response_started", "response_complete"},
+    "cycle": {"keep_alive", "response_complete", "scope", "more_body", "message_event"},
 }  # fmt: skip
 """What HttpProtocol takes from uvicorn."""
 

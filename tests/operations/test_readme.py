@@ -190,7 +190,7 @@ def test_every_endpoint_is_in_the_table(service: Service) -> None:
         listed |= {(method[0], path.replace("{id}", "{task_id}")) for _, path in (method, *paths)}
     paths = httpx.get(f"{service.url}/openapi.json").json()["paths"]
     documented = {(method.upper(), path) for path, methods in paths.items() for method in methods}
-    others = {("GET", path) for path in ("/health", "/health/ready", "/docs", "/redoc", "/openapi.json")}
+    others = {("GET", path) for path in ("/", "/health", "/health/ready", "/docs", "/redoc", "/openapi.json")}
     assert listed == documented | others
 
 
