@@ -46,7 +46,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sql import FIRST_PAGE, Queries, Refused, Unavailable
-from sql.database import TIMEOUT, create_pool, migrate, read_url, reason, time_of, timestamp_of, to_json
+from sql.database import TIMEOUT, create_pool, format_timestamp, migrate, parse_timestamp, read_url, reason, to_json
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -275,7 +275,7 @@ def versions_to_change(request: Request) -> list[int] | None:
     text = header(request.scope, b"if-match")
     if text is None or text == "*":
         return None
-    versions = [timestamp_of(tag[1:-1]) for tag in entity_tags(text) if tag[0] == '"']
+    versions = [parse_timestamp(tag[1:-1]) for tag in entity_tags(text) if tag[0] == '"']
     return [version for version in versions if version is not None]
 
 
@@ -369,18 +369,19 @@ async def task_or_error(request: Request, task: Record | None) -> Record:
 
 def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
-    headers = {"ETag": f'"{time_of(row["updated_at"])}"', **(headers or {})}
+    headers = {"ETag": f'"{format_timestamp(row["updated_at"])}"', **(headers or {})}
     return Response(to_json([row])[1:-1], status, headers, "application/json")
 
 
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
     pages = queries(request).list_tasks(request.user, completed)
-    page = await anext(pages)
+    page: list[Record] = await anext(pages, [])
     text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
     if count == FIRST_PAGE:  # there may be more
         of_user = queries(request).semaphore(request.user, "long list", LONG_LISTS)
-        async with asyncio.timeout(TIMEOUT), of_user, request.state.long_lists:
+        of_all = queries(request).semaphore("", "long list", LONG_LISTS)
+        async with asyncio.timeout(TIMEOUT), of_user, of_all:
             while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
                 text += b"," + to_json(page)[1:-1]
                 count += len(page)
@@ -905,7 +906,7 @@ def create_app(settings: Settings) -> ASGIApp:
         # Left alone, the garbage collector looks at all the modules again and again, for a large part of each request.
         gc.freeze()
         gc.set_threshold(5_000)  # more would let streams that clients have broken off pile up
-        yield {"queries": statements, "long_lists": asyncio.Semaphore(LONG_LISTS)}
+        yield {"queries": statements}
         for job in running:
             job.cancel()
         with contextlib.suppress(TimeoutError):

@@ -15,22 +15,22 @@ from weakref import WeakValueDictionary
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
 from sql import database
-from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classified, may_succeed_later
+from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classify, may_succeed_later
 
 __all__ = ["FIRST_PAGE", "Queries", "Refused", "Unavailable"]
 
-Task = Record | None
-Versions = list[int] | None  # as all timestamps here, in microseconds since 2000
+Versions = list[int] | None  # timestamps, which are microseconds since 2000 in this package
 
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
-FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
+MIN_PAUSE, MAX_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH = 32  # calls
-MAX_DELAY = 0.01  # seconds that a batch may take before another connection serves those that wait for it
+MAX_DELAY = 0.01  # seconds; if a batch takes longer, those that wait for its connection get another one
 FIRST_PAGE, NEXT_PAGE = 50, 320  # tasks of a list; the first page shares a batch, so it is small
-READS_AT_ONCE = 3  # going alone, of a user and a statement
-NEWEST = (2**63 - 1, 2**63 - 1)  # a created_at and an id that come before all in a list; this time is infinity
+READS_AT_ONCE = 3  # reads by one statement that one user may have sent alone at the same time
+NEWEST = (2**63 - 1, 2**63 - 1)  # a created_at and an id before the first page; this timestamp is infinity
 
 # WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
+# This finds mistakes, not malice: a function that takes SQL as text would pass.
 BOUND = (
     r"(SELECT [^()]+ FROM task|UPDATE task SET .+|DELETE FROM task) WHERE user_id = \$1 AND .+"
     r"|INSERT INTO task \(user_id, [^()]+\) VALUES \(\$1, [^()]+\) RETURNING [^()]+"
@@ -38,14 +38,14 @@ BOUND = (
 KEY_CONFLICT = " ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
 # What each has exactly once: the table, its owner, a verb, a word before a table.
 ONCE = (r"\btask\b", r"\buser_id\b", r"\b(SELECT|UPDATE|DELETE|INSERT)\b", r"\b(FROM|INTO|UPDATE|JOIN|USING|TABLE)\b")
-# What none has: OR, a comment, a quoted name, an escape, a second statement, a placeholder elsewhere, a dollar quote.
-NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;{]|\$\D"
+# What none has: OR, comments, quoted names, escapes, a second statement, other placeholders, dollar quotes, non-ASCII.
+NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;{]|\$[^0-9]|[^ -~]"
 
 
 def load(name: str) -> str:
     """Return a statement, with the columns of a task in the place of {task}; raise ValueError unless it is bound."""
     statement = (Path(__file__).parent / name).read_text("utf-8")
-    text = re.sub(r"(?m)^--.*$|'[^'\\]*'|(?<=SELECT ){task}|(?<=RETURNING ){task}", "", statement)
+    text = re.sub(r"(?m)^--.*$|'[^'\\]*'|(?<=SELECT ){task}|(?<=RETURNING ){task}", " ", statement)
     text = " ".join(text.split()).replace(KEY_CONFLICT, "")
     once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in ONCE)
     if not re.fullmatch(BOUND, text) or not once or re.search(NEVER, text, re.IGNORECASE):
@@ -78,21 +78,30 @@ class Queries:
         self.schema_applied = False  # until it is, all methods raise Unavailable
         self.queues: dict[str, list[Call]] = {}  # by their statement, each with a sender that takes the calls
         self.senders: set[asyncio.Task[None]] = set()
-        # One half of the connections is for batches, the other for calls that go alone. A pool of one has one for both.
+        # Calls that go alone take at most half of the connections, so that batches get the others.
         self.half_of_pool = pool.get_max_size() // 2
-        self.other_half = asyncio.Semaphore(max(1, self.half_of_pool))
+        self.other_half = asyncio.Semaphore(max(1, self.half_of_pool))  # a pool of one serves both in turn
+        # A semaphore is forgotten when nobody holds it or waits for it.
         self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def apply_schema(self) -> None:
         """Apply the schema, however long the database takes to appear."""
-        await database.apply_schema_when_possible(self.pool)
-        self.schema_applied = True
+        reported = ""
+        while not self.schema_applied:
+            try:
+                await database.apply_schema(self.pool)
+                self.schema_applied = True
+            except Unavailable as error:
+                if reported != str(error):
+                    reported = str(error)
+                    database.log.warning("waiting for the database: %s", reported)
+                await asyncio.sleep(1)
 
     def semaphore(self, user_id: str, work: object, at_once: int = 1) -> asyncio.Semaphore:
-        """Return the semaphore of a user and some work. It lives as long as somebody holds it or waits for it."""
+        """Return the semaphore of a user's work: the change of a task, a statement that goes alone, or a long list."""
         return self.semaphores.setdefault((user_id, work), asyncio.Semaphore(at_once))
 
-    async def get_task(self, user_id: str, task_id: int) -> Task:
+    async def get_task(self, user_id: str, task_id: int) -> Record | None:
         """Return a task, or None where the caller has none with this id."""
         rows = await self._send(GET_TASK, user_id, task_id)
         return rows[0] if rows else None
@@ -100,17 +109,20 @@ class Queries:
     async def list_tasks(self, user_id: str, completed: bool | None) -> AsyncIterator[list[Record]]:
         """Yield the caller's tasks in lists, newest first: all of them, or those that are completed or are not."""
         statement, filters = (LIST_TASKS, ()) if completed is None else (LIST_TASKS_BY_STATUS, (completed,))
-        size, page = FIRST_PAGE, await self._send(statement, user_id, *NEWEST, FIRST_PAGE, *filters)
-        yield page
-        while len(page) == size:
-            last, size = (page[-1]["created_at"], page[-1]["id"]), NEXT_PAGE
-            page = await self._send(statement, user_id, *last, size, *filters, alone=True)
-            for first in range(0, len(page), FIRST_PAGE):  # short ones: a client may never read the JSON of the others
-                yield page[first : first + FIRST_PAGE]
+        size, after, more = FIRST_PAGE, NEWEST, True
+        while more:
+            page = await self._send(statement, user_id, *after, size, *filters, alone=after is not NEWEST)
+            if more := len(page) == size:
+                after, size = (page[-1]["created_at"], page[-1]["id"]), NEXT_PAGE
+            while page:
+                yield page[:FIRST_PAGE]  # a small list, so that little JSON waits for a slow client
+                del page[:FIRST_PAGE]
 
-    async def create_task(self, user_id: str, key: str | None, request_hash: str | None, values: list[Any]) -> Task:
+    async def create_task(
+        self, user_id: str, key: str | None, request_hash: str | None, values: list[Any]
+    ) -> Record | None:
         """Return a new task, or the one that the key has made; None where it came with another request then."""
-        for _ in range(3):  # as the task of the key may be deleted in between
+        for _ in range(3):  # the task of the key may be deleted in between
             if rows := await self._send(CREATE_TASK, user_id, key, request_hash, *values):
                 return rows[0]
             if key is None:
@@ -120,33 +132,35 @@ class Queries:
         raise Unavailable("the task of the key is made and deleted all the time")
 
     # `versions` are the updated_at that may be changed, or None for any. Without such a task or version: None.
-    async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Task:
+    async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Record | None:
         """Change a task, given for each field, one after the other: whether to set it, and to what."""
         return await self._change(UPDATE_TASK, user_id, task_id, versions, *changes)
 
-    async def complete_task(self, user_id: str, task_id: int, versions: Versions, completed: bool | None) -> Task:
+    async def complete_task(
+        self, user_id: str, task_id: int, versions: Versions, completed: bool | None
+    ) -> Record | None:
         """Set `completed`, or toggle it where None is given."""
         return await self._change(COMPLETE_TASK, user_id, task_id, versions, completed)
 
-    async def delete_task(self, user_id: str, task_id: int, versions: Versions) -> Task:
+    async def delete_task(self, user_id: str, task_id: int, versions: Versions) -> Record | None:
         return await self._change(DELETE_TASK, user_id, task_id, versions)
 
-    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Task:
+    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
         # A process makes one change of a task at a time: others would only hold connections. A change that had to wait
         # is sent alone, since the reason may be a lock, which would hold up a batch.
-        busy = (user_id, task_id) in self.semaphores  # which forgets it when nobody changes the task
+        busy = (user_id, task_id) in self.semaphores  # or nobody changes the task
         try:
             async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
                 rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
                 return rows[0] if rows else None
         except TimeoutError as error:
-            raise classified(error) from None
+            raise classify(error) from None
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
-        deadline, pause, resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
+        deadline, pause, may_resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
         with self.span(statement):
             while True:
                 call = Call(user_id, parameters, deadline, [], self.loop.create_future())
@@ -154,7 +168,7 @@ class Queries:
                     if alone:
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
-                            at_once = READS_AT_ONCE if statement in READS else 1  # which may wait for a lock
+                            at_once = READS_AT_ONCE if statement in READS else 1  # a write may wait for a lock
                             async with self.semaphore(user_id, statement, at_once), self.other_half:
                                 await self._send_queue(statement, [call])
                     elif statement in self.queues:
@@ -165,14 +179,14 @@ class Queries:
                     await call.done
                     return call.rows
                 except Exception as error:
-                    # Sent again, alone: a call of a batch that was refused, one that met a lock, and once a lost read.
-                    not_yet = may_succeed_later(error)
-                    lost = resend and isinstance(error, ConnectionError)
-                    # A PostgresError has rolled the whole batch back, so even a write can be sent again.
-                    if not (lost or (isinstance(error, PostgresError) and (not_yet or not alone))):
-                        raise classified(error) from None
-                    resend = resend and not lost
-                    pause = min(2 * pause or FIRST_PAUSE, LAST_PAUSE) if alone else 0.0
+                    # An SQL error has rolled the batch back, so even a write is sent again, alone: if it was in a
+                    # batch, or if it met a lock. After a ConnectionError nobody knows: a read is sent again, once.
+                    rolled_back = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
+                    lost_read = isinstance(error, ConnectionError) and may_resend
+                    if not rolled_back and not lost_read:
+                        raise classify(error) from None
+                    may_resend = may_resend and not lost_read
+                    pause = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0
                     alone = True
 
     def _start_sender(self, statement: str) -> None:
@@ -180,8 +194,8 @@ class Queries:
         self.senders.add(sender)
         sender.add_done_callback(self.senders.discard)
 
-    def _leave_queue(self, statement: str, queue: list[Call]) -> None:
-        """Leave what waits in the queue of a statement to another sender, unless that has been done before."""
+    def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
+        """Give what waits in the queue to another sender, unless that has been done before."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:
@@ -192,7 +206,7 @@ class Queries:
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
         """Send calls over one connection, in batches, until none are left, a batch fails, or others need it.
 
-        A batch is one message and one transaction. Each row that comes back has the number of its call.
+        A batch is one message and one transaction: asyncpg's fetchmany. Each row has the number of its call in it.
         """
         connection: Any = None  # a Connection
         try:
@@ -201,7 +215,7 @@ class Queries:
                     await asyncio.sleep(0)
                 batch, queue[:MAX_BATCH] = queue[:MAX_BATCH], []
                 deadline = batch[0].deadline  # of the call that has waited longest
-                timer = self.loop.call_later(MAX_DELAY, self._leave_queue, statement, queue)
+                timer = self.loop.call_later(MAX_DELAY, self._hand_over_queue, statement, queue)
                 if not connection:
                     async with asyncio.timeout_at(deadline):
                         connection = await self.pool.acquire()
@@ -209,7 +223,7 @@ class Queries:
                     batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
                 parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
                 seconds = deadline - self.loop.time()
-                async with connection.bounded(seconds):
+                async with connection.sending(seconds):
                     rows = await connection.fetchmany(statement, parameters, timeout=seconds)
                 for row in rows:
                     call = batch[row["call"]]
@@ -217,20 +231,20 @@ class Queries:
                         raise RuntimeError("a statement has returned a row of somebody else")
                     call.rows.append(row)
                 for call in batch:
-                    if not call.done.done():  # as it is where the caller was cancelled
+                    if not call.done.done():  # it is done if the request was cancelled
                         call.done.set_result(None)
                 timer.cancel()
                 if len(self.senders) > self.half_of_pool:
                     break  # others may wait for the connection
         except Exception as error:
             if isinstance(error, (ConnectionError, ReadOnlySQLTransactionError)):
-                # A restart ends all the connections of a pool, a failover leaves them with what is a standby now.
+                # A restart ends all connections of the pool. After a failover they lead to a standby, or to nobody.
                 await self.pool.expire_connections()
             for call in batch:
                 if not call.done.done():
                     call.done.set_exception(error)
         finally:
-            self._leave_queue(statement, queue)
+            self._hand_over_queue(statement, queue)
             if connection:
-                with suppress(Exception):  # the pool has closed it then
+                with suppress(Exception):  # an error closes the connection
                     await self.pool.release(connection, timeout=RELEASE_TIMEOUT)

@@ -34,16 +34,16 @@ def to_json(rows: Iterable[Record]) -> bytes:
     return orjson.dumps(tasks, option=orjson.OPT_NAIVE_UTC)
 
 
-def time_of(timestamp: int) -> str:
+def format_timestamp(timestamp: int) -> str:
     """Return a timestamp as clients see it."""
     return f"{(EPOCH + MICROSECOND * timestamp).isoformat()}+00:00"
 
 
-def timestamp_of(time: str) -> int | None:
-    """Return the timestamp that clients see as this text, or None: only the exact spelling of `time_of` counts."""
+def parse_timestamp(time: str) -> int | None:
+    """Return the timestamp that clients see as this text, or None unless `format_timestamp` would write it so."""
     with contextlib.suppress(ValueError, TypeError):  # no time, or one of another zone
         timestamp = (datetime.fromisoformat(time.removesuffix("+00:00")) - EPOCH) // MICROSECOND
-        if time == time_of(timestamp):
+        if time == format_timestamp(timestamp):
             return timestamp
     return None
 
@@ -83,10 +83,10 @@ def may_succeed_later(error: Exception) -> bool:
     return OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
 
 
-def classified(error: Exception) -> Exception:
+def classify(error: Exception) -> Exception:
     """Return what a caller is told of an error: Unavailable, Refused or, of a bug, the error itself."""
     sqlstate = getattr(error, "sqlstate", None) or ""
-    if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError is one too
+    if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError and ConnectionError are OSErrors
         return Unavailable(reason(error))
     # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
     taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
@@ -189,10 +189,10 @@ class Connection(asyncpg.Connection):
             raise
 
     @contextlib.asynccontextmanager
-    async def bounded(self, seconds: float) -> AsyncIterator[None]:
-        """Bound a statement: it may wait LOCK_TIMEOUT for a lock, and so many seconds in all.
+    async def sending(self, seconds: float) -> AsyncIterator[None]:
+        """Raise ConnectionError if the connection is lost, or gives no answer in time.
 
-        Raise ConnectionError if the connection is lost or does not answer in time.
+        Where lock_timeout is not set, do all in a transaction that sets it, and that may take so many seconds.
         """
         try:
             if self.sets_lock_timeout:
@@ -208,7 +208,7 @@ class Connection(asyncpg.Connection):
 
 
 SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
-BEGIN = """
+LOCK_SCHEMA = """
     SET LOCAL lock_timeout = 0;
     SET LOCAL statement_timeout = 0;
     SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
@@ -231,7 +231,7 @@ async def apply_schema(pool: Pool) -> None:
     """
     try:
         async with pool.acquire() as connection, connection.transaction():
-            await connection.execute(BEGIN, timeout=SCHEMA_TIMEOUT)
+            await connection.execute(LOCK_SCHEMA, timeout=SCHEMA_TIMEOUT)
             if (encoding := await connection.fetchval("SHOW server_encoding")) != "UTF8":
                 raise Unavailable(f"the encoding of the database is {encoding}, and must be UTF8")
             present = {row[0] for row in await connection.fetch(PRESENT)}
@@ -251,19 +251,6 @@ async def migrate(**arguments: Any) -> None:
             await apply_schema(pool)
     except Unavailable as error:
         sys.exit(f"The schema was not applied: {error}")
-
-
-async def apply_schema_when_possible(pool: Pool) -> None:
-    """Apply the schema, however long the database takes to appear; log each new reason why it could not be."""
-    said = ""
-    while True:
-        try:
-            return await apply_schema(pool)
-        except Unavailable as error:
-            if said != str(error):
-                said = str(error)
-                log.warning("waiting for the database: %s", said)
-            await asyncio.sleep(1)
 
 
 @contextlib.contextmanager

@@ -62,6 +62,10 @@ REACHING = {
     "or in a change": "UPDATE task SET title = 'x' WHERE user_id = $1 AND id = $3 OR true RETURNING $2::int AS call",
     "or behind what only looks like a comment": "SELECT {row} FROM task WHERE user_id = $1 AND '--' <> '' OR true",
     "or behind an escaped quote": r"SELECT {row} FROM task WHERE user_id = $1 AND title <> E'\'' OR title <> ''",
+    "or that touches a literal": "SELECT {row} FROM task WHERE user_id = $1 AND E't'OR true",
+    "a dollar quote by a digit of another script": (
+        "UPDATE task SET title = $1, description = $\u0661$1 WHERE user_id = $1 AND true$\u0661$"
+    ),
     "a line comment in a change": "UPDATE task SET title = $1 -- WHERE user_id = $1 AND true",
     "a line comment before a condition": (
         "SELECT {row} FROM task\n-- WHERE user_id = $1 AND\nWHERE $1 <> title AND true"

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from sql.database import BEGIN, LOCK_TIMEOUT
+from sql.database import LOCK_SCHEMA, LOCK_TIMEOUT
 from sql.database import apply_schema as apply_on
 from tests.support.database import PASSWORD, UNAVAILABLE, connect, execute, name_of, url_as
 from tests.support.fixtures import StartService
@@ -263,7 +263,7 @@ def test_an_index_that_somebody_has_dropped_is_made_again(database_url: str, tab
 
 # --- Many at once
 
-[LOCK] = re.findall(r"pg_advisory_xact_lock\([0-9]+\)", BEGIN)
+[LOCK] = re.findall(r"pg_advisory_xact_lock\([0-9]+\)", LOCK_SCHEMA)
 
 
 async def apply_by_many(url: str, tables: str, rounds: int) -> None:
