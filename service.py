@@ -5,8 +5,8 @@
     uv run service.py migrate         create or convert the table and exit
     uvicorn service:app               the same application under a server of yours, without HttpProtocol
 
-This file is the program, and `sql/` has its statements and sends them. The fields, the handlers and the route table
-come first. What they use follows: requests, answers, identity, OpenAPI, settings, the application, and the server.
+This file is the program; the package `sql` sends its statements. The fields, the handlers and the route table come
+first. What they use follows: requests, answers, identity, OpenAPI, settings, the application, and the server.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # right in JavaScript, whose \s differs, too
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # spelt out where the \s of JavaScript differs
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -73,8 +73,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "completed": {"type": "boolean", "examples": [True]},
 }
-DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
-STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed` must be, or None for either
+DEFAULTS = {"completed": False}  # of a new task; the other fields default to null
+STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed` must be; None is no filter
 
 
 async def list_tasks(request: Request) -> Response:
@@ -82,7 +82,7 @@ async def list_tasks(request: Request) -> Response:
     status = request.query_params.get("status") or "all"
     if status not in STATUSES:
         raise ApiError(422, errors={"status": f"must be one of {', '.join(STATUSES)}"})
-    return unless_modified(request, await list_response(request, STATUSES[status]))
+    return response_or_304(request, await list_response(request, STATUSES[status]))
 
 
 async def create_task(request: Request) -> Response:
@@ -99,13 +99,13 @@ async def create_task(request: Request) -> Response:
 async def get_task(request: Request) -> Response:
     """Get a task."""
     task = await queries(request).get_task(request.user, task_id_of(request))
-    return unless_modified(request, task_response(await task_or_error(request, task)))
+    return response_or_304(request, task_response(await task_or_error(request, task)))
 
 
 async def update_task(request: Request) -> Response:
     """Change a task: those of its fields that are sent."""
     fields = valid_fields(request, await read_json(request))
-    task_id, versions = task_id_of(request), versions_to_change(request)
+    task_id, versions = task_id_of(request), if_match_versions(request)
     if fields:
         changes = [part for name in FIELDS for part in (name in fields, fields.get(name))]
         task = await queries(request).update_task(request.user, task_id, versions, changes)
@@ -120,7 +120,7 @@ async def complete_task(request: Request) -> Response:
     """Toggle completed, or set it with a body."""
     body = await read_json(request, empty="null")
     completed = valid_fields(request, {} if body is None else body, names=["completed"]).get("completed")
-    task_id, versions = task_id_of(request), versions_to_change(request)
+    task_id, versions = task_id_of(request), if_match_versions(request)
     task = await queries(request).complete_task(request.user, task_id, versions, completed)
     return task_response(await task_or_error(request, task))
 
@@ -128,7 +128,7 @@ async def complete_task(request: Request) -> Response:
 async def delete_task(request: Request) -> Response:
     """Delete a task."""
     await read_json(request, empty="null")  # nothing is taken from it, but it must have arrived and be JSON
-    task_id, versions = task_id_of(request), versions_to_change(request)
+    task_id, versions = task_id_of(request), if_match_versions(request)
     await task_or_error(request, await queries(request).delete_task(request.user, task_id, versions))
     return Response(status_code=204)
 
@@ -162,7 +162,7 @@ async def read_json(request: Request, *, empty: str = "") -> object:
         connection = f"{header(request.scope, b'connection')}, {header(request.scope, b'proxy-connection')}"
         if "upgrade" in connection.lower():  # httptools does not parse such a body
             raise ApiError(400, "A request with a body must not offer an upgrade")
-    if length or b"transfer-encoding" in headers or request.scope["http_version"] >= "2":  # or there is no body
+    if length or b"transfer-encoding" in headers or request.scope["http_version"] >= "2":  # HTTP/2 needs neither
         async for chunk in request.stream():
             content += chunk
             if len(content) > BODY_LIMIT:
@@ -218,7 +218,8 @@ TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "st
 def valid_value(rule: Mapping[str, Any], value: object) -> object:
     """Return a value of a field as the database takes it; raise ValueError with a message to put after its name.
 
-    A rule may have type (one, perhaps with null), minimum, maximum, maxLength, pattern and the format date (RFC 3339).
+    A rule may have type (one, perhaps with null), maxLength and pattern, and for fields to come minimum, maximum and
+    the format date (RFC 3339).
     """
     types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
     if value is None and "null" in types:
@@ -237,10 +238,8 @@ def valid_value(rule: Mapping[str, Any], value: object) -> object:
             raise ValueError(f"must be a date like {rule['examples'][0]}") from None
     if len(value) > rule.get("maxLength", math.inf):
         raise ValueError(f"must have at most {rule['maxLength']} characters")
-    if re.search("[\ud800-\udfff]", value):
-        raise ValueError("must not contain a lone surrogate")
-    if "\0" in value:
-        raise ValueError("must not contain NUL")
+    if re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("must not contain NUL or a lone surrogate")
     if not re.search(rule.get("pattern", ""), value):
         raise ValueError(f"must look like {rule['examples'][0]}" if value.strip() else "must not be blank")
     return value
@@ -270,7 +269,7 @@ def entity_tags(text: str) -> list[str]:
     return re.findall(ENTITY_TAG, text) if ENTITY_TAGS.fullmatch(text) else []
 
 
-def versions_to_change(request: Request) -> list[int] | None:
+def if_match_versions(request: Request) -> list[int] | None:
     """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1)."""
     text = header(request.scope, b"if-match")
     if text is None or text == "*":
@@ -279,7 +278,7 @@ def versions_to_change(request: Request) -> list[int] | None:
     return [version for version in versions if version is not None]
 
 
-def unless_modified(request: Request, response: Response) -> Response:
+def response_or_304(request: Request, response: Response) -> Response:
     """Return a response, or a 304 if the client has it already, as If-None-Match says (RFC 9110, section 13.1.2)."""
     text = header(request.scope, b"if-none-match")
     if text is None:
@@ -347,9 +346,8 @@ async def error_response(request: Request, error: Exception) -> Response:
         error = ApiError(400, "The body ended before it was complete")
     elif not isinstance(error, HTTPException):
         error = ApiError(500)
-    body: dict[str, Any] = {"detail": error.detail}
-    if isinstance(error, ApiError) and error.errors:
-        body["errors"] = [{"field": field, "message": message} for field, message in error.errors.items()]
+    errors = [{"field": field, "message": message} for field, message in getattr(error, "errors", {}).items()]
+    body = {"detail": error.detail} | ({"errors": errors} if errors else {})
     headers = dict(error.headers or {})
     if error.status_code == 401:  # RFC 6750, section 3
         headers["WWW-Authenticate"] = "Bearer" if error.detail == DETAILS[401] else 'Bearer error="invalid_token"'
@@ -379,6 +377,7 @@ async def list_response(request: Request, completed: bool | None) -> Response:
     page: list[Record] = await anext(pages, [])
     text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
     if count == FIRST_PAGE:  # there may be more
+        # Of a user with more lists than that, the others wait here, and not in front of another user's.
         of_user = queries(request).semaphore(request.user, "long list", LONG_LISTS)
         of_all = queries(request).semaphore("", "long list", LONG_LISTS)
         async with asyncio.timeout(TIMEOUT), of_user, of_all:
@@ -389,8 +388,7 @@ async def list_response(request: Request, completed: bool | None) -> Response:
         return StreamingResponse(stream(request, text, pages), media_type="application/json")
     text += b"]}"
     # The ETag is of the content, so it is right whatever has happened to the list.
-    headers = {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}
-    return Response(memoryview(text), 200, headers, "application/json")
+    return Response(memoryview(text), 200, {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}, "application/json")
 
 
 async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Record]]) -> AsyncIterator[Any]:
@@ -409,20 +407,18 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of
 # Drop uvicorn's message about an answer that broke off: it has a line already.
 logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
 UNDER_API = re.compile("/api(/|$)")
-quoted = json.JSONEncoder().encode  # a value for the log, in quotes and on one line, whatever is in it
 
 
 class Answers:
-    """ASGI middleware around everything: the headers that all answers have, and the log line of each request.
+    """ASGI middleware around everything: headers that all answers have, a log line for each, and no slash at the end.
 
-    It also makes a path with a trailing slash the same as the one without. Only requests that name an origin, as
-    browsers do, go through CORS, which makes a request an eighth dearer.
+    Only requests that name an origin, as browsers do, go through CORS, which makes a request an eighth dearer.
     """
 
     def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
         self.app = app
         self.with_cors = with_cors
-        self.lines = ""  # of the log, not written yet
+        self.lines = ""  # lines of the log that are not written yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -432,7 +428,7 @@ class Answers:
         app = self.with_cors if b"origin" in headers else self.app
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
-            request_id = f"{random.getrandbits(128):032x}"  # which need not be secret
+            request_id = f"{random.getrandbits(128):032x}"  # it need not be secret
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         # A trailing slash names the same resource. A newline does not, though the $ of a route's pattern lets it pass.
         scope["root_path"], scope["path"] = "", (path.removesuffix("/") or "/").replace("\n", "%0A")
@@ -441,8 +437,8 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app:  # so that no cache gives it to a browser; CORSMiddleware adds it otherwise
-                    added.append((b"vary", b"Origin"))
+                if app is self.app or b"vary" not in dict(message["headers"]):
+                    added.append((b"vary", b"Origin"))  # or a cache may give the answer to another origin
                 if UNDER_API.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
                     added.append((b"cache-control", b"private, no-cache" if reading else b"no-store"))
@@ -460,8 +456,9 @@ class Answers:
             else:
                 bug = error
         status, ms = scope.get("status", 500), (time.perf_counter() - started) * 1000
-        line = f"method={scope['method']} path={quoted(path[:200])} status={status} ms={ms:.1f} id={request_id}"
-        line += "".join(f" {name}={quoted(scope[name])}" for name in ("user", "error") if name in scope)
+        # JSON keeps a text on one line, and in quotes, whatever is in it.
+        line = f"method={scope['method']} path={json.dumps(path[:200])} status={status} ms={ms:.1f} id={request_id}"
+        line += "".join(f" {name}={json.dumps(scope[name])}" for name in ("user", "error") if name in scope)
         if bug:
             log.error(line, exc_info=bug)
         else:
@@ -476,7 +473,7 @@ class Answers:
         self.lines += f"{line}\n"
 
     def write_lines(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk or a closed pipe stops nobody
+        with contextlib.suppress(OSError, AttributeError):  # a full disk, a closed pipe or no stdout stops nobody
             sys.stdout.write(self.lines)
             sys.stdout.flush()
         self.lines = ""
@@ -504,7 +501,7 @@ class Identity:
         self.keys: dict[str | None, tuple[Any, list[str]]] = {}  # the issuer's, by their `kid`, with their algorithms
         self.key_set: bytes | None = None  # the text that they were read from
         self.fetching = asyncio.Lock()
-        self.fetched_at = -math.inf  # when the last fetch began, or when it failed, by time.monotonic
+        self.fetched_at = -math.inf  # by time.monotonic; what came before this causes no other fetch
         self.fetch_error = ""  # why it failed
         if settings.jwks_url:
             import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
@@ -563,11 +560,11 @@ class Identity:
 
     async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
         """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 where nobody can tell."""
-        came = time.monotonic()
+        arrived = time.monotonic()
         if kid not in self.keys:
             async with self.fetching:  # so that all who wait here wait for one fetch
-                # A fetch that began before the token came may have missed a key that is just as new.
-                if kid not in self.keys and self.fetched_at <= came:
+                # A fetch that began before the token arrived may have missed a key that is just as new.
+                if kid not in self.keys and self.fetched_at <= arrived:
                     await self.fetch_keys()
         if kid in self.keys:
             return self.keys[kid]
@@ -595,12 +592,12 @@ class Identity:
             if key_set != self.key_set:
                 self.keys, self.key_set = read_key_set(key_set), key_set
                 self.verified.clear()  # some may have been verified with a key that is no more
-                log.info("%s: fetched the keys %s", place, ", ".join(map(quoted, self.keys)))
+                log.info("%s: fetched the keys %s", place, ", ".join(map(json.dumps, self.keys)))
             self.fetch_error = ""
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
                 log.warning("%s: no keys could be fetched: %s", place, reason(error))
-            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # for all who are waiting, too
+            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)
 
 
 def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
@@ -761,7 +758,7 @@ OPENAPI: dict[str, Any] = {
     },
     "components": {"schemas": SCHEMAS, "securitySchemes": {"bearer": BEARER}},
 }
-FIXED: dict[str, Response] = {
+STATIC: dict[str, Response] = {
     "/": JSONResponse(OPENAPI["info"] | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}),
     # /health does not ask the database, which a restart would not mend.
     "/health": JSONResponse({"status": "ok", "version": VERSION}),
@@ -786,10 +783,7 @@ DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 class Settings:
-    """What the environment says. A variable that is empty counts as unset.
-
-    Raise ValueError for a bad one, with a sentence that holds no secret.
-    """
+    """What the environment says. An empty variable is unset. A bad one raises ValueError, whose text has no secret."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         given = {name: value for name, value in environ.items() if value.strip()}
@@ -808,8 +802,7 @@ class Settings:
                 self.secrets.append(given[name].encode("utf-8", "surrogateescape"))
         origins = {name: read_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
         self.better_auth = origins.get("BETTER_AUTH_URL")  # the `iss` and the `aud` of its tokens
-        default = f"{self.better_auth}/api/auth/jwks" if self.better_auth else ""
-        self.jwks_url = given.get("JWKS_URL", default).strip()
+        self.jwks_url = given.get("JWKS_URL", f"{self.better_auth}/api/auth/jwks" if self.better_auth else "").strip()
         self.audience, self.issuer = given.get("JWT_AUDIENCE"), given.get("JWT_ISSUER")
 
         cors_origins = given.get("CORS_ORIGINS", CORS_DEFAULT).split(",")
@@ -825,7 +818,7 @@ def read_settings() -> Settings:
         return Settings(os.environ)
     except ValueError as error:
         print(error, file=sys.stderr)
-        sys.exit(3)  # at which uvicorn's supervisor does not start a worker again
+        sys.exit(3)  # uvicorn's supervisor does not start such a worker again
 
 
 def whole_number(given: Mapping[str, str], name: str, *, default: int, most: int) -> int:
@@ -855,7 +848,7 @@ async def ready(request: Request) -> Response:
     """Check that the database answers within two seconds."""
     async with asyncio.timeout(2):
         await queries(request).get_task("", 0)  # of a caller and a task that cannot exist
-    return FIXED["/health"]
+    return STATIC["/health"]
 
 
 class Resource:
@@ -876,12 +869,12 @@ class Resource:
 
 
 ROUTES = [Route(path, Resource(handlers)) for path, handlers in API.items()]
-ROUTES += [Route(path, response, methods=["GET"]) for path, response in FIXED.items()]
+ROUTES += [Route(path, response, methods=["GET"]) for path, response in STATIC.items()]
 ROUTES += [Route("/health/ready", ready), *[Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]]
 
 
 def queries(request: Request) -> Queries:
-    return cast(Queries, request.scope["state"]["queries"])  # which the lifespan gives to each request
+    return cast(Queries, request.scope["state"]["queries"])  # the lifespan has put it there
 
 
 async def end_with_supervisor() -> None:
@@ -910,7 +903,7 @@ def create_app(settings: Settings) -> ASGIApp:
         for job in running:
             job.cancel()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(pool.close(), SHUTDOWN_TIMEOUT)  # past which it terminates the connections
+            await asyncio.wait_for(pool.close(), SHUTDOWN_TIMEOUT)  # a timeout terminates the connections
 
     app = Starlette(
         routes=ROUTES,
@@ -957,12 +950,12 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.connection = transport
         self.transport = self  # type: ignore[assignment]  # so that uvicorn writes and closes through this class
-        self.is_closing = transport.is_closing  # which uvicorn asks it too
-        self.written: list[bytes] = []  # and not sent yet
+        self.is_closing = transport.is_closing  # uvicorn calls transport.is_closing()
+        self.written: list[bytes] = []  # pieces that uvicorn has written and this class has not sent yet
         self.arriving = False  # whether a request has begun and is not complete
         self.size = 0  # bytes since the last complete head or piece of a body
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # by which Linux closes a connection whose client reads nothing
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -986,9 +979,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if self.cycle and not self.cycle.response_complete:
-            raise ValueError("bytes have come before the answer")  # which httptools raises as an HttpParserError
+            raise ValueError("bytes have come before the answer")  # httptools makes an HttpParserError of it
         super().on_message_begin()
-        self._unset_keepalive_if_required()
+        self._unset_keepalive_if_required()  # the connection is not idle
         self.cycle = None  # type: ignore[assignment]  # until the head is complete
         self.arriving = True
 
@@ -1008,7 +1001,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self.arriving = False
         self.deadline.cancel()
-        self.cycle.keep_alive &= self.parser.should_keep_alive()  # which a trailer may have changed
+        self.cycle.keep_alive &= self.parser.should_keep_alive()  # a trailer may have changed it
         if self.cycle.response_complete and not self.cycle.keep_alive:
             self.close()
 
@@ -1061,7 +1054,22 @@ def main() -> None:
             if embedded:
                 api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
                 print(BANNER.format(api=api, token=token), flush=True)
-            serve(settings)
+            uvicorn.run(
+                # Of several workers each reads the environment again and makes its own application.
+                create_app(settings) if settings.workers == 1 else "service:app",
+                host=settings.host,
+                port=settings.port,
+                workers=settings.workers,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=SHUTDOWN_GRACE,
+                http=HttpProtocol,
+                access_log=False,
+                proxy_headers=False,  # no answer depends on the client's address, or on the scheme
+                server_header=False,
+                log_config=None,
+                lifespan="on",
+                ws="none",
+            )
         case ["token", user_id] if storable_user_id(user_id):
             print(make_token(read_settings(), user_id))
         case ["migrate"]:
@@ -1070,25 +1078,6 @@ def main() -> None:
             print(__doc__)
         case _:
             sys.exit("usage: service.py [serve | token USER_ID | migrate | --help]")
-
-
-def serve(settings: Settings) -> None:
-    """Serve until a signal comes. Of several workers each reads the environment again and makes its application."""
-    uvicorn.run(
-        create_app(settings) if settings.workers == 1 else "service:app",
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=SHUTDOWN_GRACE,
-        http=HttpProtocol,
-        access_log=False,
-        proxy_headers=False,  # no answer depends on the client's address, or on the scheme
-        server_header=False,
-        log_config=None,
-        lifespan="on",
-        ws="none",
-    )
 
 
 def __getattr__(name: str) -> ASGIApp:

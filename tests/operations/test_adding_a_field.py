@@ -61,8 +61,8 @@ PRIORITY = """\
      "completed": {"type": "boolean", "examples": [True]},
 +    "priority": {"type": "integer", "minimum": 1, "maximum": 5, "examples": [3]},
  }
--DEFAULTS = {"completed": False}  # what a field of a new task is unless it is sent; null for the others
-+DEFAULTS = {"completed": False, "priority": 3}  # what a field of a new task is unless it is sent; null for the others
+-DEFAULTS = {"completed": False}  # of a new task; the other fields default to null
++DEFAULTS = {"completed": False, "priority": 3}  # of a new task; the other fields default to null
 --- a/sql/database.py
 +++ b/sql/database.py
 @@
