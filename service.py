@@ -218,8 +218,7 @@ TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "st
 def valid_value(rule: Mapping[str, Any], value: object) -> object:
     """Return a value of a field as the database takes it; raise ValueError with a message to put after its name.
 
-    A rule may have type (one, perhaps with null), maxLength and pattern, and for fields to come minimum, maximum and
-    the format date (RFC 3339).
+    A rule may have type (perhaps with null), maxLength, pattern, and for fields to come minimum, maximum, format: date.
     """
     types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
     if value is None and "null" in types:
@@ -583,6 +582,7 @@ class Identity:
         """Replace the keys by those that the issuer has now, or keep them and log why; never raise."""
         await asyncio.sleep(self.fetched_at + KEYS_PAUSE - time.monotonic())
         self.fetched_at = time.monotonic()
+        self.client.cookies.clear()  # they would grow
         place = self.settings.jwks_url.partition("?")[0]  # a query may hold a secret
         try:
             async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", self.settings.jwks_url) as answer:
@@ -605,6 +605,7 @@ def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
     keys = {}
     for jwk in json.loads(text)["keys"]:
         with contextlib.suppress(Exception):  # a key that we cannot read may stand beside one that we can
+            jwk.pop("d", None)  # the private part, from which others would be computed for seconds
             key = jwt.PyJWK(jwk)
             algorithms = ["RS256", "PS256"] if key.key_type == "RSA" and "alg" not in jwk else [key.algorithm_name]
             if key.public_key_use in (None, "sig") and set(algorithms) <= set(PUBLIC_KEY_ALGORITHMS):

@@ -1,6 +1,6 @@
 """The query module: every statement about tasks is a file of its own, whose `$1` is the caller.
 
-A file that is not bound to `$1` fails the import. Calls raise Unavailable or Refused; another exception is a bug.
+A file that is not bound to `$1` fails the import. Calls raise Unavailable, TimeoutError or Refused; others are bugs.
 """
 
 import asyncio
@@ -149,27 +149,26 @@ class Queries:
         # A process makes one change of a task at a time: others would only hold connections. A change that had to wait
         # is sent alone, since the reason may be a lock, which would hold up a batch.
         busy = (user_id, task_id) in self.semaphores  # or nobody changes the task
-        try:
-            async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
-                rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
-                return rows[0] if rows else None
-        except TimeoutError as error:
-            raise classify(error) from None
+        async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
+            rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
+            return rows[0] if rows else None
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
         deadline, pause, may_resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
+        # While a write of a user goes alone, as it meets locks, so do the next ones: they would hold up their batches.
+        alone = alone or (statement not in READS and (user_id, statement) in self.semaphores)
         with self.span(statement):
             while True:
                 call = Call(user_id, parameters, deadline, [], self.loop.create_future())
                 try:
                     if alone:
+                        of_user = self.semaphore(user_id, statement, READS_AT_ONCE if statement in READS else 1)
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
-                            at_once = READS_AT_ONCE if statement in READS else 1  # a write may wait for a lock
-                            async with self.semaphore(user_id, statement, at_once), self.other_half:
+                            async with of_user, self.other_half:
                                 await self._send_queue(statement, [call])
                     elif statement in self.queues:
                         self.queues[statement].append(call)
@@ -243,6 +242,7 @@ class Queries:
             for call in batch:
                 if not call.done.done():
                     call.done.set_exception(error)
+                    call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
             self._hand_over_queue(statement, queue)
             if connection:

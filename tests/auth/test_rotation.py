@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import jwt
@@ -33,6 +34,7 @@ from tests.support.tokens import (
     assert_refused,
     caller,
     claims,
+    encode,
     new_user,
     sign,
     sign_strictly,
@@ -122,6 +124,19 @@ def test_the_keys_are_fetched_again_and_again_though_nobody_asks_for_one(databas
         assert ask_with(client, new.sign(issuer.claims(new_user()))).json() == {"items": []}
 
 
+def test_the_issuer_gets_no_cookie_back(database: str) -> None:
+    """Else cookies of ever new names would make a head that it refuses, until the service is started anew."""
+    cookies = []
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        cookies.append(request.headers.get("Cookie"))
+        page(key_set(KEY), Set_Cookie="a=b")(request)
+
+    with issuers_and_services(database, answer) as [(issuer, service)], service.client() as client:
+        assert_refused(ask_with(client, by_an_unknown_key(issuer)))
+        assert cookies == [None, None]
+
+
 def test_a_retired_key_ends_for_every_token_when_the_keys_are_fetched_again(database: str) -> None:
     old, new = KEYS["EdDSA"], KEYS["ES256"]
     with (
@@ -153,6 +168,8 @@ MALFORMED: list[object] = [
     Key("ES256", use=["sig"]),
     Key("EdDSA", x="\u00e9"),
     Key("EdDSA", x=7),
+    # A private key of 40,000 bits that is none: to look for the missing parts of it takes a minute.
+    {"kty": "RSA", "kid": "private", "e": "AQAB", "n": encode(b"\xff" * 5000), "d": encode(b"\x7f" * 5000)},
 ]
 
 
