@@ -26,7 +26,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +88,7 @@ async def list_tasks(request: Request) -> Response:
 async def create_task(request: Request) -> Response:
     """Create a task."""
     body, key = await read_json(request), idempotency_key(request)
-    fields = DEFAULTS | valid_fields(request, body, required=["title"])
+    fields = DEFAULTS | valid_fields(request, body, required="title")
     values = [fields.get(name) for name in FIELDS]
     task = await queries(request).create_task(request.user, key, key and hash_of(fields), values)
     if task is None:
@@ -189,9 +189,7 @@ def finite_number(text: str) -> float:
 JSON = json.JSONDecoder(parse_float=finite_number, parse_int=finite_number, parse_constant=finite_number)
 
 
-def valid_fields(
-    request: Request, body: object, *, names: Sequence[str] = tuple(FIELDS), required: Sequence[str] = ()
-) -> dict[str, Any]:
+def valid_fields(request: Request, body: object, names: Iterable[str] = FIELDS, required: str = "") -> dict[str, Any]:
     """Return those of the named fields that a body has; raise 422 with all that is wrong, the id in the path too.
 
     Other fields are ignored: real clients send a whole task back.
@@ -205,7 +203,7 @@ def valid_fields(
                 fields[name] = valid_value(FIELDS[name], body[name])
             except ValueError as error:
                 errors[name] = str(error)
-        elif name in required:
+        elif name == required:
             errors[name] = "is required"
     if errors:
         raise ApiError(422, errors=errors)
@@ -308,7 +306,7 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20 - len("]}")  # longer lists are streamed
-LONG_LISTS = 3  # lists of more than a page that are put together at once, which bounds the memory for them
+LISTS_AT_ONCE = 3  # of a user, and of more than a page among all users; this bounds the memory for them
 
 DETAILS = {  # what an error says unless there is more to say
     400: "The body must be valid JSON, encoded as UTF-8",
@@ -373,13 +371,12 @@ def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | N
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
     pages = queries(request).list_tasks(request.user, completed)
-    page: list[Record] = await anext(pages, [])
-    text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
-    if count == FIRST_PAGE:  # there may be more
-        # Of a user with more lists than that, the others wait here, and not in front of another user's.
-        of_user = queries(request).semaphore(request.user, "long list", LONG_LISTS)
-        of_all = queries(request).semaphore("", "long list", LONG_LISTS)
-        async with asyncio.timeout(TIMEOUT), of_user, of_all:
+    # A user's other lists wait here, with no page in memory, and not in front of another user's.
+    async with asyncio.timeout(TIMEOUT), queries(request).semaphore(request.user, "list", LISTS_AT_ONCE):
+        page: list[Record] = await anext(pages, [])
+        text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
+        long_lists = queries(request).semaphore("", "long list", LISTS_AT_ONCE)
+        async with long_lists if count == FIRST_PAGE else contextlib.nullcontext():
             while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
                 text += b"," + to_json(page)[1:-1]
                 count += len(page)
@@ -773,7 +770,6 @@ STATIC: dict[str, Response] = {
     ),
 }
 
-
 # --- Settings: the environment, read and checked once ----------------------------------------------------------------
 
 SECRET_LENGTH = 32  # characters; an HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)
@@ -931,12 +927,13 @@ def create_app(settings: Settings) -> ASGIApp:
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
 HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of the body or the trailers are complete
+HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
 REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or the start of a connection, to its end
 UNREAD_TIMEOUT = 300_000  # milliseconds for which a client may read nothing of an answer
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
 DETAILS |= {
     408: f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds",
-    431: f"The head of a request must have at most {HEAD_LIMIT} bytes",
+    431: f"The head of a request must have at most {HEAD_LIMIT} bytes and {HEAD_LINES} lines",
 }
 
 
@@ -961,6 +958,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # a timer would keep all that is left of the connection
         self.deadline.cancel()
 
     def data_received(self, data: bytes) -> None:
@@ -969,11 +967,11 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if self.arriving:
-                self.refuse(431 if self.size > HEAD_LIMIT else 400)
+                self.refuse(431 if self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES else 400)
             else:  # the request is complete: the error is in what follows it, or it is an upgrade, which is not made
                 self.cycle.keep_alive = False
             return
-        if self.arriving and self.size > HEAD_LIMIT:
+        if self.arriving and (self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES):
             self.refuse(431)
         elif self.arriving and self.deadline.cancelled():
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
@@ -988,7 +986,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         # `size` counts the beginning of the body too, if it came in the same piece.
-        if self.size > HEAD_LIMIT and len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) > HEAD_LIMIT:
+        size = len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) if self.size > HEAD_LIMIT else 0
+        if size > HEAD_LIMIT or len(self.headers) > HEAD_LINES:
             raise ValueError("the head is too large")
         super().on_headers_complete()
         self.headers = []  # for trailers, which must not become headers

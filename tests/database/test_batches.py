@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 
 import asyncpg
 import pytest
+from starlette.requests import Request
 
+import service
 import sql
 from sql import Queries, Refused
 from sql.database import Unavailable
@@ -239,6 +241,24 @@ def test_what_comes_while_a_message_is_in_flight_shares_the_next(filled_url: str
             Held.gate.set()
             await asyncio.gather(*reads, others)
             assert sizes(sql.GET_TASK) == [1, 32, 8]
+
+    asyncio.run(check())
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_user_has_three_lists_in_hand_at_once(filled_url: str) -> None:
+    """However many are asked for: each has a page of its tasks, of up to 440 KB, while it waits for more."""
+
+    async def check() -> None:
+        async with held_queries(filled_url) as queries:
+            scope = {"type": "http", "method": "GET", "headers": [], "user": "user-1", "state": {"queries": queries}}
+            lists = [asyncio.create_task(service.list_response(Request(scope), None)) for _ in range(10)]
+            others = asyncio.create_task(whole_list(queries, "user-2"))
+            await wait_in_loop_until(lambda: len(Spy.sent) == 2)
+            assert sizes(sql.LIST_TASKS) == [4]  # three of the user, and another's
+            Held.gate.set()
+            assert len({bytes(answer.body) for answer in await asyncio.gather(*lists)}) == 1
+            await others
 
     asyncio.run(check())
 
