@@ -963,16 +963,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
+        malformed = False
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if self.arriving:
-                self.refuse(431 if self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES else 400)
-            else:  # the request is complete: the error is in what follows it, or it is an upgrade, which is not made
-                self.cycle.keep_alive = False
-            return
+            malformed = True
         if self.arriving and (self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES):
             self.refuse(431)
+        elif self.arriving and malformed:
+            self.refuse(400)
+        elif malformed:  # it is behind the request, or it is an upgrade, which is not made
+            self.cycle.keep_alive = False
         elif self.arriving and self.deadline.cancelled():
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
