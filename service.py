@@ -982,8 +982,8 @@ class HttpProtocol(HttpToolsProtocol):
             raise ValueError("bytes have come before the answer")  # httptools makes an HttpParserError of it
         super().on_message_begin()
         self._unset_keepalive_if_required()  # the connection is not idle
-        self.cycle = None  # type: ignore[assignment]  # until the head is complete
-        self.arriving = True
+        self.deadline.cancel()  # that of the connection, if it is the first; each request has one of its own
+        self.cycle, self.arriving = None, True  # type: ignore[assignment]  # the cycle begins when the head is complete
 
     def on_headers_complete(self) -> None:
         # `size` counts the beginning of the body too, if it came in the same piece.

@@ -195,12 +195,20 @@ class Connection(asyncpg.Connection):
         Where lock_timeout is not set, do all in a transaction that sets it, and that may take so many seconds.
         """
         try:
-            if self.sets_lock_timeout:
-                async with asyncio.timeout(seconds), self.transaction():
-                    await self.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
-                    yield
-            else:
+            if not self.sets_lock_timeout:
                 yield
+                return
+            async with asyncio.timeout(seconds):
+                try:
+                    await self.execute(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+                    yield
+                    await self.execute("COMMIT")
+                except asyncpg.PostgresError:
+                    await self.execute("ROLLBACK")
+                    raise
+                except BaseException:
+                    self.terminate()  # a database that hangs would not answer a ROLLBACK either
+                    raise
         except Exception as error:
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None

@@ -471,6 +471,37 @@ class CutInTransaction(Cut):
     sets_lock_timeout = True
 
 
+class HangsInTransaction(Spy):
+    """One behind a pooler, whose server answers nothing once a transaction has begun."""
+
+    sets_lock_timeout = True
+    executed: ClassVar[list[str]] = []
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> Any:
+        HangsInTransaction.executed.append(query)
+        return await super().execute(query, *args, **options)
+
+    async def before(self, message: Message) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_transaction_that_takes_too_long_is_not_rolled_back_by_a_statement(
+    filled_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would answer that either, and it would take a time limit of its own. The connection is closed."""
+    monkeypatch.setattr(sql, "TIMEOUT", 0.3)
+
+    async def check() -> None:
+        async with pool_and_queries(filled_url, HangsInTransaction) as (pool, queries):
+            HangsInTransaction.executed.clear()
+            with pytest.raises(Unavailable):
+                await queries.delete_task("user-1", 1, None)
+            assert HangsInTransaction.executed == ["BEGIN; SET LOCAL lock_timeout = '50ms'"]
+            await wait_in_loop_until(lambda: pool.get_size() == 0)
+
+    asyncio.run(check())
+
+
 at_each_moment = pytest.mark.parametrize("moment", ["before", "after"])
 on_each_connection = pytest.mark.parametrize("connection_class", [Cut, CutInTransaction])
 

@@ -258,6 +258,16 @@ def test_a_list_comes_whole_although_a_body_that_it_does_not_need_never_comes(im
         assert content.endswith(b"]}\r\n0\r\n\r\n")
 
 
+def test_the_time_for_a_request_begins_with_its_first_byte(impatient: Service) -> None:
+    """Not with the connection, which browsers open before they need it."""
+    with impatient.client("alice") as alice, Raw(impatient) as connection:
+        time.sleep(0.7)  # of the one second
+        connection.send("PATCH /api/tasks/7/complete", bearer(alice), "Content-Length: 2")
+        time.sleep(0.6)
+        connection.socket.sendall(b"{}")
+        assert connection.answer().status == 404
+
+
 @pytest.mark.parametrize("first", [EXPECT, "Content-Length: 70000"])
 def test_of_a_request_that_is_refused_the_rest_is_not_waited_for_either(impatient: Service, first: str) -> None:
     with Raw(impatient) as connection:
