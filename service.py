@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # spelt out where the \s of JavaScript differs
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # JavaScript's \s lacks \x1c-\x1f, \x85
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -89,6 +89,7 @@ async def create_task(request: Request) -> Response:
     """Create a task."""
     body, key = await read_json(request), idempotency_key(request)
     fields = DEFAULTS | valid_fields(request, body, required="title")
+    del body  # or what nobody needs of it would be in memory while the database works
     values = [fields.get(name) for name in FIELDS]
     task = await queries(request).create_task(request.user, key, key and hash_of(fields), values)
     if task is None:
@@ -107,6 +108,7 @@ async def update_task(request: Request) -> Response:
     fields = valid_fields(request, await read_json(request))
     task_id, versions = task_id_of(request), if_match_versions(request)
     if fields:
+        # For each field: whether to set it, and to what.
         changes = [part for name in FIELDS for part in (name in fields, fields.get(name))]
         task = await queries(request).update_task(request.user, task_id, versions, changes)
     else:  # nothing is written, and updated_at stays
@@ -118,8 +120,7 @@ async def update_task(request: Request) -> Response:
 
 async def complete_task(request: Request) -> Response:
     """Toggle completed, or set it with a body."""
-    body = await read_json(request, empty="null")
-    completed = valid_fields(request, {} if body is None else body, names=["completed"]).get("completed")
+    completed = valid_fields(request, await read_json(request, optional=True), ["completed"]).get("completed")
     task_id, versions = task_id_of(request), if_match_versions(request)
     task = await queries(request).complete_task(request.user, task_id, versions, completed)
     return task_response(await task_or_error(request, task))
@@ -127,7 +128,7 @@ async def complete_task(request: Request) -> Response:
 
 async def delete_task(request: Request) -> Response:
     """Delete a task."""
-    await read_json(request, empty="null")  # nothing is taken from it, but it must have arrived and be JSON
+    await read_json(request, optional=True)  # nothing is taken from it, but it must have arrived and be JSON
     task_id, versions = task_id_of(request), if_match_versions(request)
     await task_or_error(request, await queries(request).delete_task(request.user, task_id, versions))
     return Response(status_code=204)
@@ -149,8 +150,8 @@ ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*")  # section 5.6.1
 
 
-async def read_json(request: Request, *, empty: str = "") -> object:
-    """Return the value of a body in JSON and UTF-8 (RFC 8259). `empty` is what an empty body stands for.
+async def read_json(request: Request, *, optional: bool = False) -> object:
+    """Return the value of a body in JSON and UTF-8 (RFC 8259). If it is optional, nothing and null are {}.
 
     Raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read.
     """
@@ -173,9 +174,10 @@ async def read_json(request: Request, *, empty: str = "") -> object:
     if content and not JSON_MEDIA_TYPE.fullmatch(media_type):
         raise ApiError(415)
     try:
-        return JSON.decode(content.decode() or empty)
+        value = JSON.decode(content.decode() or ("null" if optional else ""))
     except (ValueError, RecursionError):
         raise ApiError(400) from None
+    return {} if optional and value is None else value
 
 
 def finite_number(text: str) -> float:
@@ -297,8 +299,7 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def hash_of(fields: Mapping[str, Any]) -> str:
-    """Return a hash of the fields that are not defaults, so that adding a field changes no hash that is stored."""
-    # `completed` is always in it, as in version 1.0.
+    """Return a hash of `completed` and of what is no default. It is that of version 1.0, and a new field keeps it."""
     hashed = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]
     return hashlib.sha256(json.dumps({name: fields.get(name) for name in hashed}, default=str).encode()).hexdigest()
 
@@ -306,9 +307,9 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20 - len("]}")  # longer lists are streamed
-LISTS_AT_ONCE = 3  # of a user, and of more than a page among all users; this bounds the memory for them
+LISTS_AT_ONCE = 3  # that one user may have begun, which bounds the memory for them
 
-DETAILS = {  # what an error says unless there is more to say
+DETAILS = {  # what an error says unless there is more to say; 408 and 431 are added below
     400: "The body must be valid JSON, encoded as UTF-8",
     401: "Not authenticated",
     404: "Task not found",
@@ -371,12 +372,11 @@ def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | N
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
     pages = queries(request).list_tasks(request.user, completed)
-    # A user's other lists wait here, with no page in memory, and not in front of another user's.
+    # The user's other lists wait here, with no page in memory, and hold up no other user's.
     async with asyncio.timeout(TIMEOUT), queries(request).semaphore(request.user, "list", LISTS_AT_ONCE):
         page: list[Record] = await anext(pages, [])
         text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
-        long_lists = queries(request).semaphore("", "long list", LISTS_AT_ONCE)
-        async with long_lists if count == FIRST_PAGE else contextlib.nullcontext():
+        async with queries(request).long_lists if count == FIRST_PAGE else contextlib.nullcontext():  # a full page
             while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
                 text += b"," + to_json(page)[1:-1]
                 count += len(page)
@@ -497,7 +497,7 @@ class Identity:
         self.keys: dict[str | None, tuple[Any, list[str]]] = {}  # the issuer's, by their `kid`, with their algorithms
         self.key_set: bytes | None = None  # the text that they were read from
         self.fetching = asyncio.Lock()
-        self.fetched_at = -math.inf  # by time.monotonic; what came before this causes no other fetch
+        self.fetched_at = -math.inf  # by time.monotonic: when the last fetch began, or failed
         self.fetch_error = ""  # why it failed
         if settings.jwks_url:
             import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
@@ -528,10 +528,10 @@ class Identity:
         """Return the `sub` and `exp` of a token (RFC 7519, section 7.2); raise PyJWTError, or 503."""
         settings = self.settings
         keys, algorithms, audience, issuer = settings.secrets, ["HS256"], settings.audience, settings.issuer
-        unverified = jwt.get_unverified_header(token)
-        # It only tells which key to take; the algorithms go with the key (RFC 8725, section 3.1).
-        if settings.jwks_url and unverified.get("alg") in PUBLIC_KEY_ALGORITHMS:
-            key, algorithms = await self.public_key(unverified.get("kid"))
+        # This only tells which key to take; the algorithms go with the key (RFC 8725, section 3.1).
+        algorithm, kid = map(jwt.get_unverified_header(token).get, ("alg", "kid"))
+        if settings.jwks_url and algorithm in PUBLIC_KEY_ALGORITHMS:
+            key, algorithms = await self.public_key(kid)
             keys, audience, issuer = [key], audience or settings.better_auth, issuer or settings.better_auth
         options: Any = {
             "require": ["exp", "sub"],
@@ -594,7 +594,7 @@ class Identity:
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
                 log.warning("%s: no keys could be fetched: %s", place, reason(error))
-            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)
+            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # who waited for it does not repeat it
 
 
 def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
@@ -798,7 +798,7 @@ class Settings:
                     raise ValueError(f"{name} is too short: it needs at least {SECRET_LENGTH} characters.")
                 self.secrets.append(given[name].encode("utf-8", "surrogateescape"))
         origins = {name: read_origin(name, given[name]) for name in ("BETTER_AUTH_URL", "JWKS_URL") if name in given}
-        self.better_auth = origins.get("BETTER_AUTH_URL")  # the `iss` and the `aud` of its tokens
+        self.better_auth = origins.get("BETTER_AUTH_URL")  # the `iss` and `aud` of its tokens; JWKS_URL is only checked
         self.jwks_url = given.get("JWKS_URL", f"{self.better_auth}/api/auth/jwks" if self.better_auth else "").strip()
         self.audience, self.issuer = given.get("JWT_AUDIENCE"), given.get("JWT_ISSUER")
 
@@ -986,9 +986,9 @@ class HttpProtocol(HttpToolsProtocol):
         self.cycle, self.arriving = None, True  # type: ignore[assignment]  # the cycle begins when the head is complete
 
     def on_headers_complete(self) -> None:
-        # `size` counts the beginning of the body too, if it came in the same piece.
-        size = len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) if self.size > HEAD_LIMIT else 0
-        if size > HEAD_LIMIT or len(self.headers) > HEAD_LINES:
+        if self.size > HEAD_LIMIT:  # perhaps by the beginning of the body, if it came in the same piece
+            self.size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES:
             raise ValueError("the head is too large")
         super().on_headers_complete()
         self.headers = []  # for trailers, which must not become headers
@@ -1026,7 +1026,7 @@ class HttpProtocol(HttpToolsProtocol):
     def refuse(self, status: int) -> None:
         """Read no more, answer the request that is arriving with an error unless it has an answer, and close."""
         error = ApiError(status, "The request must be valid HTTP/1.1" if status == 400 else "")
-        if self.cycle and not self.cycle.response_complete:  # the application answers, and uvicorn closes after it
+        if self.cycle and not self.cycle.response_complete:  # read_json raises it, and uvicorn closes after the answer
             self.connection.pause_reading()
             self.cycle.scope.update(refused=error)  # type: ignore[call-arg]
             self.cycle.keep_alive = self.cycle.more_body = False

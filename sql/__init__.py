@@ -19,13 +19,14 @@ from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classify, may_suc
 
 __all__ = ["FIRST_PAGE", "Queries", "Refused", "Unavailable"]
 
-Versions = list[int] | None  # timestamps, which are microseconds since 2000 in this package
+Versions = list[int] | None  # the updated_at that a task may have, in microseconds since 2000; None for any
 
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 MIN_PAUSE, MAX_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH = 32  # calls
 MAX_DELAY = 0.01  # seconds; if a batch takes longer, those that wait for its connection get another one
 FIRST_PAGE, NEXT_PAGE = 50, 320  # tasks of a list; the first page shares a batch, so it is small
+LONG_LISTS = 3  # lists of more than a page that are put together at once, which bounds the memory for them
 READS_AT_ONCE = 3  # reads by one statement that one user may have sent alone at the same time
 NEWEST = (2**63 - 1, 2**63 - 1)  # a created_at and an id before the first page; this timestamp is infinity
 
@@ -68,7 +69,12 @@ class Call(NamedTuple):
 
 
 class Queries:
-    """The statements, each for the caller that it is given."""
+    """The statements, each for the caller that it is given.
+
+    A call waits in the queue of its statement, and a sender sends up to MAX_BATCH of them in one message. A call goes
+    alone where it would disturb a batch: after an error in its batch, if it changes a task that is being changed, while
+    a write of the same user and statement goes alone, and for a further page of a list.
+    """
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -78,27 +84,20 @@ class Queries:
         self.schema_applied = False  # until it is, all methods raise Unavailable
         self.queues: dict[str, list[Call]] = {}  # by their statement, each with a sender that takes the calls
         self.senders: set[asyncio.Task[None]] = set()
-        # Calls that go alone take at most half of the connections, so that batches get the others.
+        # Calls that go alone take at most half of the connections, so that batches get one. A pool of one serves both.
         self.half_of_pool = pool.get_max_size() // 2
-        self.other_half = asyncio.Semaphore(max(1, self.half_of_pool))  # a pool of one serves both in turn
-        # A semaphore is forgotten when nobody holds it or waits for it.
+        self.alone_limit = asyncio.Semaphore(max(1, self.half_of_pool))
+        self.long_lists = asyncio.Semaphore(LONG_LISTS)
+        # By a user and: a task's id while it is changed, a statement whose calls go alone, "list". Forgotten if unused.
         self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def apply_schema(self) -> None:
         """Apply the schema, however long the database takes to appear."""
-        reported = ""
-        while not self.schema_applied:
-            try:
-                await database.apply_schema(self.pool)
-                self.schema_applied = True
-            except Unavailable as error:
-                if reported != str(error):
-                    reported = str(error)
-                    database.log.warning("waiting for the database: %s", reported)
-                await asyncio.sleep(1)
+        await database.apply_schema_when_possible(self.pool)
+        self.schema_applied = True
 
     def semaphore(self, user_id: str, work: object, at_once: int = 1) -> asyncio.Semaphore:
-        """Return the semaphore of a user's work: the change of a task, a statement that goes alone, or a long list."""
+        """Return the semaphore by which a user does so much of some work at once."""
         return self.semaphores.setdefault((user_id, work), asyncio.Semaphore(at_once))
 
     async def get_task(self, user_id: str, task_id: int) -> Record | None:
@@ -121,7 +120,7 @@ class Queries:
     async def create_task(
         self, user_id: str, key: str | None, request_hash: str | None, values: list[Any]
     ) -> Record | None:
-        """Return a new task, or the one that the key has made; None where it came with another request then."""
+        """Return a new task, or the one that the key has made; None if that was by another request."""
         for _ in range(3):  # the task of the key may be deleted in between
             if rows := await self._send(CREATE_TASK, user_id, key, request_hash, *values):
                 return rows[0]
@@ -131,7 +130,6 @@ class Queries:
                 return rows[0] if rows[0]["same_request"] else None
         raise Unavailable("the task of the key is made and deleted all the time")
 
-    # `versions` are the updated_at that may be changed, or None for any. Without such a task or version: None.
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Record | None:
         """Change a task, given for each field, one after the other: whether to set it, and to what."""
         return await self._change(UPDATE_TASK, user_id, task_id, versions, *changes)
@@ -146,9 +144,11 @@ class Queries:
         return await self._change(DELETE_TASK, user_id, task_id, versions)
 
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
-        # A process makes one change of a task at a time: others would only hold connections. A change that had to wait
-        # is sent alone, since the reason may be a lock, which would hold up a batch.
-        busy = (user_id, task_id) in self.semaphores  # or nobody changes the task
+        """Change a task of these versions, if the first parameter is not None; return None if no row matches.
+
+        A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
+        """
+        busy = (user_id, task_id) in self.semaphores
         async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
             rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
             return rows[0] if rows else None
@@ -158,7 +158,7 @@ class Queries:
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
         deadline, pause, may_resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
-        # While a write of a user goes alone, as it meets locks, so do the next ones: they would hold up their batches.
+        # While a write of a user goes alone, as it has met a lock, so do the next ones: they may meet it, too.
         alone = alone or (statement not in READS and (user_id, statement) in self.semaphores)
         with self.span(statement):
             while True:
@@ -168,7 +168,7 @@ class Queries:
                         of_user = self.semaphore(user_id, statement, READS_AT_ONCE if statement in READS else 1)
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
-                            async with of_user, self.other_half:
+                            async with of_user, self.alone_limit:
                                 await self._send_queue(statement, [call])
                     elif statement in self.queues:
                         self.queues[statement].append(call)
@@ -218,7 +218,7 @@ class Queries:
                 if not connection:
                     async with asyncio.timeout_at(deadline):
                         connection = await self.pool.acquire()
-                if statement not in READS:  # by user and id, or two batches could wait for each other's locks
+                if statement not in READS:  # by user and id or key: in one order, batches cannot wait for each other
                     batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
                 parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
                 seconds = deadline - self.loop.time()

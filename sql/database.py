@@ -41,6 +41,8 @@ def format_timestamp(timestamp: int) -> str:
 
 def parse_timestamp(time: str) -> int | None:
     """Return the timestamp that clients see as this text, or None unless `format_timestamp` would write it so."""
+    if len(time) not in (25, 32):  # an exception for each of a thousand tags would take milliseconds
+        return None
     with contextlib.suppress(ValueError, TypeError):  # no time, or one of another zone
         timestamp = (datetime.fromisoformat(time.removesuffix("+00:00")) - EPOCH) // MICROSECOND
         if time == format_timestamp(timestamp):
@@ -64,7 +66,7 @@ def reason(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *text.splitlines()[:1]])
 
 
-# What says that a connection is lost, though asyncpg may not count it as closed yet.
+# What says that a connection is lost, or does not answer in time: TimeoutError is an OSError.
 LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
 
 # SQLSTATEs (PostgreSQL, Appendix A) of what passes by itself, or when somebody has mended the database.
@@ -73,9 +75,9 @@ TRANSIENT = (
     "|42P01|42501"  # the table or its grants are not there, as while a backup is restored
     "|26000|42P05"  # a prepared statement is not there, or is already, as through a pooler
 )
-INVALID = "(22|23)...|P0001"  # a value that the database cannot take, breaks a constraint, or that a trigger rejects
+INVALID = "(22|23)...|P0001"  # the database cannot take a value, a constraint forbids it, or a trigger rejects it
 NOT_YET = "55P03|40001|40P01"  # somebody's lock, a serialization failure, a deadlock
-OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creations with one key may violate it instead
+OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creations with one key may violate it
 
 
 def may_succeed_later(error: Exception) -> bool:
@@ -84,9 +86,9 @@ def may_succeed_later(error: Exception) -> bool:
 
 
 def classify(error: Exception) -> Exception:
-    """Return what a caller is told of an error: Unavailable, Refused or, of a bug, the error itself."""
+    """Return the exception to raise for an error: Unavailable, Refused, or the error itself if it is a bug."""
     sqlstate = getattr(error, "sqlstate", None) or ""
-    if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # TimeoutError and ConnectionError are OSErrors
+    if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # ConnectionError is one, too
         return Unavailable(reason(error))
     # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
     taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
@@ -95,7 +97,7 @@ def classify(error: Exception) -> Exception:
     return error
 
 
-# Keys of a URL that are read here, or left out without a word: sslmode=verify-full protects as channel binding does.
+# Keys of a URL that are read here, or left out without a word: channel_binding is no better than sslmode=verify-full.
 OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
             "channel_binding", "gssencmode"}  # fmt: skip
 
@@ -117,7 +119,7 @@ def read_url(url: str) -> dict[str, Any]:
         unset = dict.fromkeys(inspect.signature(parse_dsn).parameters)
         addresses, parameters = parse_dsn(**unset | {"dsn": parts.geturl()})
         ports = [address[1] for address in addresses if isinstance(address, tuple)]
-        # Of a password with an unescaped @, / or ?, asyncpg would take a part for the host.
+        # asyncpg would take a part of a password with an unescaped @, / or ? for the host.
         well_formed = re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
         if not well_formed or not all(0 < port < 65_536 for port in ports):
             raise ValueError
@@ -259,6 +261,19 @@ async def migrate(**arguments: Any) -> None:
             await apply_schema(pool)
     except Unavailable as error:
         sys.exit(f"The schema was not applied: {error}")
+
+
+async def apply_schema_when_possible(pool: Pool) -> None:
+    """Apply the schema, however long the database takes to appear; log each new reason why it could not be."""
+    reported = ""
+    while True:
+        try:
+            return await apply_schema(pool)
+        except Unavailable as error:
+            if reported != str(error):
+                reported = str(error)
+                log.warning("waiting for the database: %s", reported)
+            await asyncio.sleep(1)
 
 
 @contextlib.contextmanager

@@ -241,6 +241,31 @@ def broken_off_lists(service: Service, divisor: int) -> str:
         return str(memory)
 
 
+def heads_of_lists(service: Service, divisor: int) -> str:
+    fill(service, "many", 3000 // divisor, WIDE)
+    return at_once(service, [(request(LIST, "many").replace(b"GET", b"HEAD", 1), b"")] * (500 // divisor))
+
+
+def bodies_at_once(service: Service, divisor: int) -> str:
+    body = b'{"title": "x", "unknown": [' + b",".join([b'{"":[]}'] * 8000) + b"]}"
+    head = request(LIST, "many").replace(b"GET", b"POST", 1).removesuffix(b"\r\n")
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    return at_once(service, [(head + body[:-1], body[-1:])] * (300 // divisor))
+
+
+def at_once(service: Service, requests: list[tuple[bytes, bytes]]) -> str:
+    """Send requests on connections of their own, all but an end first, and read the beginning of each answer."""
+    with contextlib.ExitStack() as stack, Memory(service.process.pid) as memory:
+        connections = [stack.enter_context(connect(service.port)) for _ in requests]
+        for connection, (start, _) in zip(connections, requests, strict=True):
+            connection.sendall(start)
+        for connection, (_, end) in zip(connections, requests, strict=True):
+            connection.sendall(end)
+        for connection in connections:
+            assert connection.recv(1000).startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 201 "))
+        return str(memory)
+
+
 def broken_off_heads(service: Service, divisor: int) -> str:
     fields = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 1000) for number in range(60))
     with Memory(service.process.pid) as memory:
@@ -342,6 +367,8 @@ ATTACKS = [
     ),
     Attack("500 lists of 3,000 large tasks, broken off one after the other", "at most +150 MB", broken_off_lists),
     Attack("5,000 heads of 60 KB, broken off one after the other", "at most +30 MB", broken_off_heads),
+    Attack("500 HEADs of a list of 3,000 large tasks at once, by one user", "at most +150 MB", heads_of_lists),
+    Attack("300 bodies of 64 KB of fields that nobody knows, at once", "at most +150 MB", bodies_at_once),
     Attack("200 connections that ask 4 times for /docs/redoc.js and read nothing", "at most +100 MB", unread_docs),
     Attack("10 MB of pipelined requests without a token", "at most +20 MB, one answered", pipelined_requests),
     Attack("a list of 100,000 tasks, streamed", "time to the first byte, memory", streamed_list),
