@@ -35,6 +35,7 @@ FILL = """
 SMALL = ("a task", "Something to be done")
 LARGE = ("t" * 200, "d" * 2000)
 WIDE = ("a task", "€" * 2000)
+EMOJI = ("🙂" * 200, "🙂" * 2000)
 CONTROL = ("a task", "\x01" * 2000)  # each is six characters of JSON
 LIST = "/api/tasks"
 PATIENCE = 60.0  # seconds after which an attack is given up
@@ -225,6 +226,11 @@ def unread_lists(service: Service, divisor: int) -> str:
     return unread(service, request(LIST, "many"), 60)
 
 
+def unread_emoji(service: Service, divisor: int) -> str:
+    fill(service, "many", 3000 // divisor, EMOJI)
+    return unread(service, request(LIST, "many"), 60)
+
+
 def unread_control_characters(service: Service, divisor: int) -> str:
     fill(service, "many", 1000 // divisor, CONTROL)
     return unread(service, request(LIST, "many"), 60)
@@ -243,14 +249,13 @@ def broken_off_lists(service: Service, divisor: int) -> str:
 
 def heads_of_lists(service: Service, divisor: int) -> str:
     fill(service, "many", 3000 // divisor, WIDE)
-    return at_once(service, [(request(LIST, "many").replace(b"GET", b"HEAD", 1), b"")] * (500 // divisor))
+    return at_once(service, [(request(LIST, "many", method="HEAD"), b"")] * (500 // divisor))
 
 
 def bodies_at_once(service: Service, divisor: int) -> str:
     body = b'{"title": "x", "unknown": [' + b",".join([b'{"":[]}'] * 8000) + b"]}"
-    head = request(LIST, "many").replace(b"GET", b"POST", 1).removesuffix(b"\r\n")
-    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-    return at_once(service, [(head + body[:-1], body[-1:])] * (300 // divisor))
+    content = request(LIST, "many", method="POST", body=body)
+    return at_once(service, [(content[:-1], content[-1:])] * (300 // divisor))
 
 
 def at_once(service: Service, requests: list[tuple[bytes, bytes]]) -> str:
@@ -365,6 +370,7 @@ ATTACKS = [
         "60 lists of 1,000 tasks of 2,000 control characters that nobody reads", "at most +150 MB",
         unread_control_characters,
     ),
+    Attack("60 lists of 3,000 tasks of emoji that nobody reads", "at most +150 MB", unread_emoji),
     Attack("500 lists of 3,000 large tasks, broken off one after the other", "at most +150 MB", broken_off_lists),
     Attack("5,000 heads of 60 KB, broken off one after the other", "at most +30 MB", broken_off_heads),
     Attack("500 HEADs of a list of 3,000 large tasks at once, by one user", "at most +150 MB", heads_of_lists),
