@@ -69,6 +69,8 @@ def start_postgres(folder: Path) -> str:
     run = functools.partial(subprocess.run, cwd=data, user=server.system_user, capture_output=True)
     pg_ctl = [server.bin_path / "pg_ctl", "-D", ".", "-l", "log", "-o", f"-h '' -k '{sockets}'"]
     atexit.register(run, [*pg_ctl, "stop"])
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # the terminal is closed, and nohup does not protect from it
+        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     for each in (signal.SIGINT, signal.SIGTERM):  # what is registered last runs first
         atexit.register(signal.signal, each, signal.SIG_IGN)  # a second Ctrl-C does not interrupt the stop
     if run([*pg_ctl, "restart"]).returncode != 0:  # not `start`: PostgreSQL still runs if the service was killed

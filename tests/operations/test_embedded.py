@@ -293,12 +293,12 @@ def project(kept: Kept) -> Iterator[Kept]:
     (kept.folder / ".postgres" / "data" / "postmaster.pid").unlink(missing_ok=True)  # for the next test
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_stops_quietly_and_wholly_and_starts_again_with_its_data(how: signal.Signals, project: Kept) -> None:
     with project.serving() as client:
         assert project.postgres()
         project.assert_unharmed(client)
-    assert project.stop(how) in (0, 128 + how)
+    assert project.stop(how) in (0, 128 + how, 128 + signal.SIGTERM)
     assert_nothing_runs(project)
     assert_quiet(project)
 
