@@ -370,20 +370,21 @@ def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | N
 
 
 async def list_response(request: Request, completed: bool | None) -> Response:
-    """Return the answer of a list: a text with an ETag, or a stream without one where that would be too long."""
+    """Return the answer of a list: a text with an ETag of its content, or a stream where that would be too long."""
     pages = queries(request).list_tasks(request.user, completed)
     # The user's other lists wait here, with no page in memory, and hold up no other user's.
-    async with asyncio.timeout(TIMEOUT), queries(request).semaphore(request.user, "list", LISTS_AT_ONCE):
+    of_user = queries(request).semaphore(request.user, "list", LISTS_AT_ONCE)
+    async with asyncio.timeout(TIMEOUT) if of_user.locked() else contextlib.nullcontext(), of_user:
         page: list[Record] = await anext(pages, [])
         text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
-        async with queries(request).long_lists if count == FIRST_PAGE else contextlib.nullcontext():  # a full page
-            while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
-                text += b"," + to_json(page)[1:-1]
-                count += len(page)
+        if count == FIRST_PAGE:  # there may be more
+            async with asyncio.timeout(TIMEOUT), queries(request).long_lists:
+                while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
+                    text += b"," + to_json(page)[1:-1]
+                    count += len(page)
     if count > WHOLE_LIST_TASKS or len(text) > WHOLE_LIST_BYTES:
         return StreamingResponse(stream(request, text, pages), media_type="application/json")
     text += b"]}"
-    # The ETag is of the content, so it is right whatever has happened to the list.
     return Response(memoryview(text), 200, {"ETag": f'W/"{hashlib.sha256(text).hexdigest()[:32]}"'}, "application/json")
 
 
@@ -403,6 +404,7 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each fetch of
 # Drop uvicorn's message about an answer that broke off: it has a line already.
 logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
 UNDER_API = re.compile("/api(/|$)")
+quoted = json.encoder.encode_basestring_ascii  # a text for the log: in quotes and on one line, whatever is in it
 
 
 class Answers:
@@ -452,9 +454,8 @@ class Answers:
             else:
                 bug = error
         status, ms = scope.get("status", 500), (time.perf_counter() - started) * 1000
-        # JSON keeps a text on one line, and in quotes, whatever is in it.
-        line = f"method={scope['method']} path={json.dumps(path[:200])} status={status} ms={ms:.1f} id={request_id}"
-        line += "".join(f" {name}={json.dumps(scope[name])}" for name in ("user", "error") if name in scope)
+        line = f"method={scope['method']} path={quoted(path[:200])} status={status} ms={ms:.1f} id={request_id}"
+        line += "".join(f" {name}={quoted(scope[name])}" for name in ("user", "error") if name in scope)
         if bug:
             log.error(line, exc_info=bug)
         else:
@@ -589,7 +590,7 @@ class Identity:
             if key_set != self.key_set:
                 self.keys, self.key_set = read_key_set(key_set), key_set
                 self.verified.clear()  # some may have been verified with a key that is no more
-                log.info("%s: fetched the keys %s", place, ", ".join(map(json.dumps, self.keys)))
+                log.info("%s: fetched the keys %s", place, ", ".join(map(quoted, map(str, self.keys))))
             self.fetch_error = ""
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
@@ -620,13 +621,12 @@ class Authentication:
         self.identity = identity
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self.app
         if scope["type"] == "http" and UNDER_API.match(scope["path"]):
             try:
                 scope["user"] = await self.identity.caller(header(scope, b"authorization") or "")
             except ApiError as error:
-                app = await error_response(Request(scope), error)
-        await app(scope, receive, send)
+                return await (await error_response(Request(scope), error))(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 # --- The documentation: the pages, and the OpenAPI document that is drawn from the route table -----------------------
