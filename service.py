@@ -45,7 +45,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from sql import FIRST_PAGE, Queries, Refused, Unavailable
+from sql import FIRST_PAGE, Queries, Refused, Unavailable, Versions
 from sql.database import TIMEOUT, create_pool, format_timestamp, migrate, parse_timestamp, read_url, reason, to_json
 
 TITLE = "Task service"
@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # JavaScript's \s lacks \x1c-\x1f, \x85
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # for the \s of JavaScript, too
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -151,7 +151,7 @@ ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}([ \t]*,[ \t,]*{ENTITY_TAG})*[ \t
 
 
 async def read_json(request: Request, *, optional: bool = False) -> object:
-    """Return the value of a body in JSON and UTF-8 (RFC 8259). If it is optional, nothing and null are {}.
+    """Return the value of a body in JSON and UTF-8 (RFC 8259). If it is optional, an absent one and null are {}.
 
     Raise 413 if it is too long, 415 if it is not meant as JSON, 400 if it cannot be read.
     """
@@ -250,7 +250,7 @@ def task_id_errors(request: Request) -> dict[str, str]:
 
 
 def task_id_of(request: Request) -> int:
-    """Return the id in the path, or 0, which no task has, where it is beyond PostgreSQL's bigint; raise 422."""
+    """Return the id in the path, or 0, which no task has, if it does not fit PostgreSQL's bigint; raise 422."""
     if errors := task_id_errors(request):
         raise ApiError(422, errors=errors)
     digits = request.path_params["task_id"].lstrip("0") or "0"  # perhaps more than int() is willing to read
@@ -268,7 +268,7 @@ def entity_tags(text: str) -> list[str]:
     return re.findall(ENTITY_TAG, text) if ENTITY_TAGS.fullmatch(text) else []
 
 
-def if_match_versions(request: Request) -> list[int] | None:
+def if_match_versions(request: Request) -> Versions:
     """Return the versions of a task that If-Match allows to change, or None for all (RFC 9110, section 13.1.1)."""
     text = header(request.scope, b"if-match")
     if text is None or text == "*":
@@ -299,7 +299,7 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def hash_of(fields: Mapping[str, Any]) -> str:
-    """Return a hash of `completed` and of what is no default. It is that of version 1.0, and a new field keeps it."""
+    """Return a hash of `completed` and the fields that differ from their defaults, so that a new field changes none."""
     hashed = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]
     return hashlib.sha256(json.dumps({name: fields.get(name) for name in hashed}, default=str).encode()).hexdigest()
 
@@ -307,7 +307,7 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20 - len("]}")  # longer lists are streamed
-LISTS_AT_ONCE = 3  # that one user may have begun, which bounds the memory for them
+LISTS_PER_USER = 2  # lists that are put together at once: fewer than LONG_LISTS_AT_ONCE, so that others' find a place
 
 DETAILS = {  # what an error says unless there is more to say; 408 and 431 are added below
     400: "The body must be valid JSON, encoded as UTF-8",
@@ -366,21 +366,21 @@ async def task_or_error(request: Request, task: Record | None) -> Record:
 def task_response(row: Record, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer that carries a task; its ETag is its updated_at in quotes."""
     headers = {"ETag": f'"{format_timestamp(row["updated_at"])}"', **(headers or {})}
-    return Response(to_json([row])[1:-1], status, headers, "application/json")
+    return Response(to_json([row]), status, headers, "application/json")
 
 
 async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag of its content, or a stream where that would be too long."""
     pages = queries(request).list_tasks(request.user, completed)
     # The user's other lists wait here, with no page in memory, and hold up no other user's.
-    of_user = queries(request).semaphore(request.user, "list", LISTS_AT_ONCE)
+    of_user = queries(request).semaphore(request.user, "list", LISTS_PER_USER)
     async with asyncio.timeout(TIMEOUT) if of_user.locked() else contextlib.nullcontext(), of_user:
         page: list[Record] = await anext(pages, [])
-        text, count = bytearray(b'{"items":[' + to_json(page)[1:-1]), len(page)
+        text, count = bytearray(b'{"items":[' + to_json(page)), len(page)
         if count == FIRST_PAGE:  # there may be more
             async with asyncio.timeout(TIMEOUT), queries(request).long_lists:
                 while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
-                    text += b"," + to_json(page)[1:-1]
+                    text += b"," + to_json(page)
                     count += len(page)
     if count > WHOLE_LIST_TASKS or len(text) > WHOLE_LIST_BYTES:
         return StreamingResponse(stream(request, text, pages), media_type="application/json")
@@ -394,7 +394,7 @@ async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Re
         yield memoryview(text)
         del text  # or it would stay as long as the stream
         async for page in pages:
-            yield b"," + to_json(page)[1:-1]
+            yield b"," + to_json(page)
         yield b"]}"
 
 
@@ -435,7 +435,7 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app or b"vary" not in dict(message["headers"]):
+                if app is self.app or b"vary" not in dict(message["headers"]):  # the first for speed
                     added.append((b"vary", b"Origin"))  # or a cache may give the answer to another origin
                 if UNDER_API.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
@@ -449,7 +449,7 @@ class Answers:
         except asyncio.CancelledError:
             scope["error"] = "cut off, as the service was stopped"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
-            if isinstance(error.__cause__, Unavailable):  # Starlette raises its own error from that of a stream
+            if isinstance(error.__cause__, Unavailable):  # Starlette wraps what comes after the beginning of an answer
                 scope["error"] = reason(error.__cause__)
             else:
                 bug = error
@@ -556,11 +556,11 @@ class Identity:
         return user_id, expires
 
     async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
-        """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 where nobody can tell."""
+        """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 if the last fetch failed."""
         arrived = time.monotonic()
         if kid not in self.keys:
             async with self.fetching:  # so that all who wait here wait for one fetch
-                # A fetch that began before the token arrived may have missed a key that is just as new.
+                # A fetch that began before the token arrived may have missed a key that was published since.
                 if kid not in self.keys and self.fetched_at <= arrived:
                     await self.fetch_keys()
         if kid in self.keys:
@@ -586,7 +586,7 @@ class Identity:
             async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", self.settings.jwks_url) as answer:
                 if answer.status_code != 200:  # a redirect could lead to somebody else's keys
                     raise ValueError(f"the status is {answer.status_code}")
-                key_set = await anext(answer.aiter_raw(KEYS_LIMIT), b"")  # what is longer is cut, and no JSON
+                key_set = await anext(answer.aiter_raw(KEYS_LIMIT), b"")  # a longer answer is cut, so it is no JSON
             if key_set != self.key_set:
                 self.keys, self.key_set = read_key_set(key_set), key_set
                 self.verified.clear()  # some may have been verified with a key that is no more
@@ -603,7 +603,7 @@ def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
     keys = {}
     for jwk in json.loads(text)["keys"]:
         with contextlib.suppress(Exception):  # a key that we cannot read may stand beside one that we can
-            jwk.pop("d", None)  # the private part, from which others would be computed for seconds
+            jwk.pop("d", None)  # a private exponent: to recover its primes would take seconds
             key = jwt.PyJWK(jwk)
             algorithms = ["RS256", "PS256"] if key.key_type == "RSA" and "alg" not in jwk else [key.algorithm_name]
             if key.public_key_use in (None, "sig") and set(algorithms) <= set(PUBLIC_KEY_ALGORITHMS):
@@ -972,7 +972,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.refuse(431)
         elif self.arriving and malformed:
             self.refuse(400)
-        elif malformed:  # it is behind the request, or it is an upgrade, which is not made
+        elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
         elif self.arriving and self.deadline.cancelled():
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)

@@ -17,7 +17,7 @@ from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 from sql import database
 from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classify, may_succeed_later
 
-__all__ = ["FIRST_PAGE", "Queries", "Refused", "Unavailable"]
+__all__ = ["FIRST_PAGE", "Queries", "Refused", "Unavailable", "Versions"]
 
 Versions = list[int] | None  # the updated_at that a task may have, in microseconds since 2000; None for any
 
@@ -26,8 +26,8 @@ MIN_PAUSE, MAX_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goe
 MAX_BATCH = 32  # calls
 MAX_DELAY = 0.01  # seconds; if a batch takes longer, those that wait for its connection get another one
 FIRST_PAGE, NEXT_PAGE = 50, 320  # tasks of a list; the first page shares a batch, so it is small
-LONG_LISTS = 3  # lists of more than a page that are put together at once, which bounds the memory for them
-READS_AT_ONCE = 3  # reads by one statement that one user may have sent alone at the same time
+LONG_LISTS_AT_ONCE = 3  # per process; bounds the memory for lists of more than a page that are put together
+LONE_READS_AT_ONCE = 3  # per user and statement: reads that go alone
 NEWEST = (2**63 - 1, 2**63 - 1)  # a created_at and an id before the first page; this timestamp is infinity
 
 # WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
@@ -72,8 +72,8 @@ class Queries:
     """The statements, each for the caller that it is given.
 
     A call waits in the queue of its statement, and a sender sends up to MAX_BATCH of them in one message. A call goes
-    alone where it would disturb a batch: after an error in its batch, if it changes a task that is being changed, while
-    a write of the same user and statement goes alone, and for a further page of a list.
+    alone where it would disturb a batch: after an error in its batch, for a further page of a list, for a task that is
+    being changed, and, if it is a write, while one of the same user and statement goes alone.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -87,8 +87,9 @@ class Queries:
         # Calls that go alone take at most half of the connections, so that batches get one. A pool of one serves both.
         self.half_of_pool = pool.get_max_size() // 2
         self.alone_limit = asyncio.Semaphore(max(1, self.half_of_pool))
-        self.long_lists = asyncio.Semaphore(LONG_LISTS)
-        # By a user and: a task's id while it is changed, a statement whose calls go alone, "list". Forgotten if unused.
+        self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
+        # The keys are (user, task id) of a change, (user, statement) of calls that go alone, and (user, "list"). It is
+        # there as long as somebody holds its semaphore or waits for it.
         self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def apply_schema(self) -> None:
@@ -97,7 +98,7 @@ class Queries:
         self.schema_applied = True
 
     def semaphore(self, user_id: str, work: object, at_once: int = 1) -> asyncio.Semaphore:
-        """Return the semaphore by which a user does so much of some work at once."""
+        """Return the semaphore that lets a user do at most `at_once` of this work at a time."""
         return self.semaphores.setdefault((user_id, work), asyncio.Semaphore(at_once))
 
     async def get_task(self, user_id: str, task_id: int) -> Record | None:
@@ -144,14 +145,11 @@ class Queries:
         return await self._change(DELETE_TASK, user_id, task_id, versions)
 
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
-        """Change a task of these versions, if the first parameter is not None; return None if no row matches.
-
-        A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
-        """
+        # A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
         busy = (user_id, task_id) in self.semaphores
         async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
             rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
-            return rows[0] if rows else None
+            return rows[0] if rows else None  # if there is no such task, or none of these versions
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
@@ -165,7 +163,7 @@ class Queries:
                 call = Call(user_id, parameters, deadline, [], self.loop.create_future())
                 try:
                     if alone:
-                        of_user = self.semaphore(user_id, statement, READS_AT_ONCE if statement in READS else 1)
+                        of_user = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if statement in READS else 1)
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
                             async with of_user, self.alone_limit:
@@ -180,11 +178,11 @@ class Queries:
                 except Exception as error:
                     # An SQL error has rolled the batch back, so even a write is sent again, alone: if it was in a
                     # batch, or if it met a lock. After a ConnectionError nobody knows: a read is sent again, once.
-                    rolled_back = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
-                    lost_read = isinstance(error, ConnectionError) and may_resend
-                    if not rolled_back and not lost_read:
+                    retry = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
+                    retry_read = isinstance(error, ConnectionError) and may_resend
+                    if not retry and not retry_read:
                         raise classify(error) from None
-                    may_resend = may_resend and not lost_read
+                    may_resend = may_resend and not retry_read
                     pause = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0
                     alone = True
 

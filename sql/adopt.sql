@@ -4,10 +4,7 @@
 -- Applied only where `task` has no column request_hash, in the transaction of schema.sql and before it. The primary key
 -- stays as it is, since other tables may refer to it.
 
--- While this waits for somebody, all others wait behind it; so it gives up, and the service tries again later.
-SET LOCAL lock_timeout = '2s';
 LOCK TABLE task IN ACCESS EXCLUSIVE MODE;
-SET LOCAL lock_timeout = 0;
 SET LOCAL TimeZone = 'UTC';
 
 ALTER TABLE task ADD COLUMN IF NOT EXISTS idempotency_key text;

@@ -26,12 +26,12 @@ EPOCH, MICROSECOND = datetime(2000, 1, 1), timedelta(microseconds=1)  # of Postg
 
 
 def to_json(rows: Iterable[Record]) -> bytes:
-    """Return a JSON array of tasks as clients see them, from rows whose timestamps are in microseconds since EPOCH."""
+    """Return the JSON of tasks as clients see them, with commas between, from rows with timestamps since EPOCH."""
     tasks: list[dict[str, Any]] = [dict(zip(NAMES, row)) for row in rows]  # noqa: B905  a row has more columns
     for task in tasks:
         task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
         task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
-    return orjson.dumps(tasks, option=orjson.OPT_NAIVE_UTC)
+    return orjson.dumps(tasks, option=orjson.OPT_NAIVE_UTC)[1:-1]  # without the brackets
 
 
 def format_timestamp(timestamp: int) -> str:
@@ -222,6 +222,8 @@ LOCK_SCHEMA = """
     SET LOCAL lock_timeout = 0;
     SET LOCAL statement_timeout = 0;
     SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
+    -- While this waits for a lock of the table, all others wait behind it; so it gives up, and tries again later.
+    SET LOCAL lock_timeout = '2s';
     -- Have IF NOT EXISTS look where the table is, which may be in a later schema of the search path.
     SELECT set_config('search_path', relnamespace::regnamespace::text, true)
     FROM pg_class WHERE oid = to_regclass('task')

@@ -1,4 +1,5 @@
--- The deleted task, or no row. $2, $3 and $4: as in update_task.sql.
+-- The deleted task, or no row. $2: the number of the call, $3: the id, $4: the versions that may be
+-- deleted, or null for any.
 DELETE FROM task
 WHERE user_id = $1
   AND id = $3

@@ -574,19 +574,6 @@ async def race(url: str) -> list[Any]:
         return await created
 
 
-def test_while_somebody_reads_the_old_table_its_programs_do_not_wait_behind_the_conversion(database_url: str) -> None:
-    execute(database_url, VERSION_1_0)
-    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as reader:
-        reader.execute("SELECT count(*) FROM task")  # the transaction stays open, as that of a backup
-        conversion = threads.submit(apply_schema, database_url)
-        while not conversion.done():
-            insert_into = "INSERT INTO task (user_id, title) VALUES ('alice', 'meanwhile')"
-            execute(database_url, f"SET lock_timeout = '5s'; {insert_into}")
-        assert "lock timeout" in str(conversion.exception())
-    apply_schema(database_url)
-    assert "request_hash" in columns(database_url)
-
-
 def test_a_creation_that_loses_the_race_for_its_key_gets_the_task_of_the_winner(database_url: str) -> None:
     execute(database_url, VERSION_1_0 + GATE)
     first_refused, first, second_refused, second = asyncio.run(race(database_url))

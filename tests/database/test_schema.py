@@ -33,6 +33,7 @@ from tests.support.tables import (
     INDEXES,
     MANY_ROWS,
     TABLES,
+    VERSION_1_0,
     apply_schema,
     checks,
     columns,
@@ -313,6 +314,24 @@ def test_the_schema_waits_for_a_lock_longer_than_a_request_would(database_url: s
         busy.rollback()
         applied.result(30)
     assert checks(database_url) == CHECKS
+
+
+@pytest.mark.parametrize("tables", [VERSION_1_0, "an index is missing"])
+def test_nobody_waits_behind_the_schema_while_it_waits_for_somebody_else(database_url: str, tables: str) -> None:
+    """It gives up soon, and the service tries again."""
+    if tables == VERSION_1_0:
+        execute(database_url, tables)
+    else:
+        apply_schema(database_url)
+        execute(database_url, "DROP INDEX task_user_id_created_at_id_idx")
+    insertion = "INSERT INTO task (user_id, title) VALUES ('alice', 'x')"
+    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as other:
+        other.execute(insertion.encode())  # the transaction stays open
+        applied = threads.submit(apply_schema, database_url)
+        while not applied.done():
+            execute(database_url, f"SET lock_timeout = '5s'; {insertion}")
+        assert "lock timeout" in str(applied.exception())
+    apply_schema(database_url)
 
 
 # --- A role that owns nothing

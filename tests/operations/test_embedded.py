@@ -69,6 +69,7 @@ class Project:
                 extra_groups=[] if self.user else None,
                 umask=0,  # so that a file is as open as the service itself makes it
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup would have it ignored
             )
 
     @contextlib.contextmanager

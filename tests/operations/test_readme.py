@@ -258,7 +258,11 @@ LIMITS = {  # the words of the README, and whether they are true
     ],
     "| 15 s | 408 |": [program.REQUEST_TIMEOUT == 15],
     "8 s with all waits and second tries, and 2 s to cancel": [program.TIMEOUT == 8, program.RELEASE_TIMEOUT == 2],
-    "| 3 of a user, and 3 of 50 tasks or more |": [program.LISTS_AT_ONCE == 3, program.FIRST_PAGE == 50],
+    "| 2 of a user, and 3 of 50 tasks or more |": [
+        program.LISTS_PER_USER == 2,
+        program.LONG_LISTS_AT_ONCE == 3,
+        program.FIRST_PAGE == 50,
+    ],
     "1,000 tasks and 1 MiB": [(program.WHOLE_LIST_TASKS, program.WHOLE_LIST_BYTES + 2) == (1000, 2**20)],
     "5 minutes, by Linux; 95 s": [program.UNREAD_TIMEOUT == 300_000, program.KEEP_ALIVE == 95],
     "20 s, and 5 s to close connections": [program.SHUTDOWN_GRACE == 20, program.SHUTDOWN_TIMEOUT == 5],
