@@ -222,8 +222,8 @@ LOCK_SCHEMA = """
     SET LOCAL lock_timeout = 0;
     SET LOCAL statement_timeout = 0;
     SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
-    -- While this waits for a lock of the table, all others wait behind it; so it gives up, and tries again later.
-    SET LOCAL lock_timeout = '2s';
+    -- While this waits for a lock of the table, all others wait behind it; so it soon gives up, and tries again later.
+    SET LOCAL lock_timeout = '200ms';
     -- Have IF NOT EXISTS look where the table is, which may be in a later schema of the search path.
     SELECT set_config('search_path', relnamespace::regnamespace::text, true)
     FROM pg_class WHERE oid = to_regclass('task')
