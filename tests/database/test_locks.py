@@ -177,16 +177,14 @@ def test_changes_of_a_user_who_waits_for_a_lock_are_in_no_batch(database_url: st
     async def check() -> None:
         async with pool_and_queries(database_url, size=6) as (pool, queries):
             ids = await make_tasks(pool, USERS[:10])
-            more = [row["id"] for row in await pool.fetch(
-                "INSERT INTO task (user_id, title) SELECT 'alice', 'a task' FROM generate_series(1, 9) RETURNING id"
-            )]  # fmt: skip
+            insertion = "INSERT INTO task (user_id, title) SELECT 'alice', 'x' FROM generate_series(1, 9) RETURNING id"
+            more = [row["id"] for row in await pool.fetch(insertion)]
             with locked_tasks(database_url, "alice"):
                 changes = [asyncio.create_task(queries.complete_task("alice", more[0], None, None))]
                 await wait_in_loop_until(lambda: len(failures()) > 1)
                 Spy.sent.clear()
                 changes += [asyncio.create_task(queries.complete_task("alice", id, None, None)) for id in more[1:]]
-                others = [queries.complete_task(user_id, ids[user_id], None, None) for user_id in USERS[:10]]
-                assert all(await asyncio.gather(*others))
+                await asyncio.gather(*(queries.complete_task(user, ids[user], None, None) for user in USERS[:10]))
                 await wait_in_loop_until(lambda: len(failures()) > 4)
                 assert sorted(sizes())[-2:] == [1, 10]
             assert all(await asyncio.gather(*changes))
@@ -200,9 +198,8 @@ def test_of_a_user_one_call_waits_for_locks_at_a_time(database_url: str, kind: s
 
     async def check() -> None:
         async with pool_and_queries(database_url, Counted, size=6) as (pool, queries):
-            ids = [row["id"] for row in await pool.fetch(
-                "INSERT INTO task (user_id, title) SELECT 'alice', 'a task' FROM generate_series(1, 30) RETURNING id"
-            )]  # fmt: skip
+            insertion = "INSERT INTO task (user_id, title) SELECT 'alice', 'x' FROM generate_series(1, 30) RETURNING id"
+            ids = [row["id"] for row in await pool.fetch(insertion)]
             await pool.execute("INSERT INTO task (user_id, title) SELECT 'bob', 'x' FROM generate_series(1, 400)")
             key = "INSERT INTO task (user_id, title, idempotency_key, request_hash) VALUES (%s, 'x', 'key', 'hash')"
             lock = locked_tasks(database_url, "alice") if kind == "changes" else locked(database_url, key, "alice")
