@@ -256,13 +256,21 @@ async def apply_schema(pool: Pool) -> None:
 
 
 async def migrate(**arguments: Any) -> None:
-    """Apply the schema once, over a pool with these arguments; exit with a sentence if that fails."""
+    """Apply the schema once, over a pool with these arguments; exit with a sentence if that fails.
+
+    While others hold locks of the table, it tries again for a minute.
+    """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Ctrl-C may leave a connection that nobody waits for
-    try:
-        async with create_pool(**arguments) as pool:
-            await apply_schema(pool)
-    except Unavailable as error:
-        sys.exit(f"The schema was not applied: {error}")
+    tries_left = 60
+    async with create_pool(**arguments) as pool:
+        while True:
+            try:
+                return await apply_schema(pool)
+            except Unavailable as error:
+                tries_left -= 1
+                if not tries_left or not str(error).startswith("LockNotAvailableError"):
+                    sys.exit(f"The schema was not applied: {error}")
+            await asyncio.sleep(1)
 
 
 async def apply_schema_when_possible(pool: Pool) -> None:

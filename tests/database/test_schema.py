@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from sql.database import LOCK_SCHEMA, LOCK_TIMEOUT
+from sql.database import LOCK_SCHEMA, LOCK_TIMEOUT, migrate
 from sql.database import apply_schema as apply_on
 from tests.support.database import PASSWORD, UNAVAILABLE, connect, execute, name_of, url_as
 from tests.support.fixtures import StartService
@@ -330,6 +330,21 @@ def test_nobody_waits_behind_the_schema_while_it_waits_for_somebody_else(databas
             execute(database_url, f"SET lock_timeout = '5s'; {insertion}")
         assert "lock timeout" in str(applied.exception())
     apply_schema(database_url)
+
+
+def test_migrate_tries_again_while_somebody_reads_the_table(database_url: str) -> None:
+    execute(database_url, VERSION_1_0)
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as reader:
+        reader.execute("SELECT FROM task")
+        migrated = threads.submit(asyncio.run, migrate(dsn=database_url))
+        for _ in range(2):
+            wait_until(lambda: execute(database_url, waiting) or migrated.done())
+            wait_until(lambda: not execute(database_url, waiting))  # it has given up
+        assert not migrated.done(), migrated.exception()
+        reader.rollback()
+        migrated.result(30)
+    assert checks(database_url) == CHECKS
 
 
 # --- A role that owns nothing
