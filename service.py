@@ -45,8 +45,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from sql import FIRST_PAGE, Queries, Refused, Unavailable, Versions
-from sql.database import TIMEOUT, create_pool, format_timestamp, migrate, parse_timestamp, read_url, reason, to_json
+from sql import CALL_TIMEOUT, FIRST_PAGE, Queries, Refused, Unavailable, Versions
+from sql.database import create_pool, format_timestamp, migrate, parse_timestamp, read_url, reason, to_json
 
 TITLE = "Task service"
 DESCRIPTION = "Each user's own tasks. Every call under /api needs a bearer token, and every error has a `detail`."
@@ -374,11 +374,11 @@ async def list_response(request: Request, completed: bool | None) -> Response:
     pages = queries(request).list_tasks(request.user, completed)
     # The user's other lists wait here, with no page in memory, and hold up no other user's.
     of_user = queries(request).semaphore(request.user, "list", LISTS_PER_USER)
-    async with asyncio.timeout(TIMEOUT) if of_user.locked() else contextlib.nullcontext(), of_user:
+    async with asyncio.timeout(CALL_TIMEOUT) if of_user.locked() else contextlib.nullcontext(), of_user:
         page: list[Record] = await anext(pages, [])
         text, count = bytearray(b'{"items":[' + to_json(page)), len(page)
         if count == FIRST_PAGE:  # there may be more
-            async with asyncio.timeout(TIMEOUT), queries(request).long_lists:
+            async with asyncio.timeout(CALL_TIMEOUT), queries(request).long_lists:
                 while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
                     text += b"," + to_json(page)
                     count += len(page)
@@ -890,7 +890,7 @@ def create_app(settings: Settings) -> ASGIApp:
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         pool = await create_pool(**settings.database)
         statements = Queries(pool)
-        jobs = (statements.apply_schema(), identity.keep_keys_fresh(), end_with_supervisor())
+        jobs = (statements.make_ready(), identity.keep_keys_fresh(), end_with_supervisor())
         running = [asyncio.create_task(job) for job in jobs]
         await asyncio.wait(running[:1], timeout=STARTUP_TIMEOUT)
         # Left alone, the garbage collector looks at all the modules again and again, for a large part of each request.

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
 
 from sql import database
-from sql.database import NAMES, TIMEOUT, Refused, Unavailable, classify, may_succeed_later
+from sql.database import CALL_TIMEOUT, COLUMNS, Refused, Unavailable, classify, may_succeed_later
 
-__all__ = ["FIRST_PAGE", "Queries", "Refused", "Unavailable", "Versions"]
+__all__ = ["CALL_TIMEOUT", "FIRST_PAGE", "Queries", "Refused", "Unavailable", "Versions"]
 
 Versions = list[int] | None  # the updated_at that a task may have, in microseconds since 2000; None for any
 
@@ -51,7 +51,7 @@ def load(name: str) -> str:
     once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in ONCE)
     if not re.fullmatch(BOUND, text) or not once or re.search(NEVER, text, re.IGNORECASE):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
-    return statement.replace("{task}", ", ".join(NAMES))
+    return statement.replace("{task}", ", ".join(COLUMNS))
 
 
 GET_TASK, GET_TASK_BY_KEY, CREATE_TASK = load("get_task.sql"), load("get_task_by_key.sql"), load("create_task.sql")
@@ -92,8 +92,8 @@ class Queries:
         # there as long as somebody holds its semaphore or waits for it.
         self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
-    async def apply_schema(self) -> None:
-        """Apply the schema, however long the database takes to appear."""
+    async def make_ready(self) -> None:
+        """Apply the schema, however long the database takes to appear; then let calls through."""
         await database.apply_schema_when_possible(self.pool)
         self.schema_applied = True
 
@@ -147,7 +147,7 @@ class Queries:
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
         # A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
         busy = (user_id, task_id) in self.semaphores
-        async with asyncio.timeout(TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
+        async with asyncio.timeout(CALL_TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
             rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
             return rows[0] if rows else None  # if there is no such task, or none of these versions
 
@@ -155,7 +155,7 @@ class Queries:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
-        deadline, pause, may_resend = self.loop.time() + TIMEOUT, 0.0, statement in READS
+        deadline, pause, may_resend = self.loop.time() + CALL_TIMEOUT, 0.0, statement in READS
         # While a write of a user goes alone, as it has met a lock, so do the next ones: they may meet it, too.
         alone = alone or (statement not in READS and (user_id, statement) in self.semaphores)
         with self.span(statement):

@@ -21,13 +21,13 @@ from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # ty
 log = logging.getLogger("service")
 
 # The columns of a task, with which each row begins, in the order in which clients see them.
-NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
+COLUMNS = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
 EPOCH, MICROSECOND = datetime(2000, 1, 1), timedelta(microseconds=1)  # of PostgreSQL's timestamps, in UTC
 
 
 def to_json(rows: Iterable[Record]) -> bytes:
     """Return the JSON of tasks as clients see them, with commas between, from rows with timestamps since EPOCH."""
-    tasks: list[dict[str, Any]] = [dict(zip(NAMES, row)) for row in rows]  # noqa: B905  a row has more columns
+    tasks: list[dict[str, Any]] = [dict(zip(COLUMNS, row)) for row in rows]  # noqa: B905  a row has more columns
     for task in tasks:
         task["created_at"] = EPOCH + MICROSECOND * task["created_at"]
         task["updated_at"] = EPOCH + MICROSECOND * task["updated_at"]
@@ -139,7 +139,7 @@ def read_url(url: str) -> dict[str, Any]:
     return arguments
 
 
-TIMEOUT = 8.0  # seconds that a call may take, second tries included
+CALL_TIMEOUT = 8.0  # seconds that a call may take, second tries included
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
 SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 
@@ -149,7 +149,7 @@ def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
     if ignored:
         log.warning("DATABASE_URL: ignored what asyncpg does not know: %s", ", ".join(ignored))
     return asyncpg.create_pool(
-        **arguments, min_size=0, command_timeout=TIMEOUT, connect=connect, connection_class=Connection
+        **arguments, min_size=0, command_timeout=CALL_TIMEOUT, connect=connect, connection_class=Connection
     )
 
 

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from sql.database import NAMES
+from sql.database import COLUMNS
 from tests.support.fixtures import StartService
 from tests.support.service_process import Service, new_user_id, token
 
@@ -121,7 +121,7 @@ class User:
 def table(service: Service) -> dict[tuple[str, int], Task]:
     """Return what the database has, by owner and id, with its timestamps as times."""
     with psycopg.connect(service.database_url, row_factory=dict_row) as connection:
-        rows = connection.execute(f"SELECT {', '.join(NAMES)} FROM task".encode()).fetchall()
+        rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM task".encode()).fetchall()
     return {(row["user_id"], row["id"]): row for row in rows}
 
 

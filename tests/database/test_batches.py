@@ -79,7 +79,7 @@ def test_what_a_thousand_users_read_at_once_is_what_each_reads_alone(filled_url:
 
     async def check() -> None:
         async with pool_and_queries(filled_url) as (pool, queries):
-            everything = [dict(row) for row in await pool.fetch(f"SELECT {', '.join(sql.database.NAMES)} FROM task")]
+            everything = [dict(row) for row in await pool.fetch(f"SELECT {', '.join(sql.database.COLUMNS)} FROM task")]
             everything.sort(key=lambda task: (task["created_at"], task["id"]), reverse=True)
             calls: list[tuple[Callable[[], Awaitable[object]], object]] = []  # each with what it is to give
             for task in everything:
@@ -146,7 +146,7 @@ class Row(tuple[Any, ...]):
     """A row of which the columns have names, as a Record has, but which can be made of values."""
 
     def __getitem__(self, key: Any) -> Any:
-        columns = (*sql.database.NAMES, "call")
+        columns = (*sql.database.COLUMNS, "call")
         return super().__getitem__(columns.index(key) if isinstance(key, str) else key)
 
 
@@ -366,7 +366,7 @@ def test_what_a_thousand_users_change_at_once_is_what_each_has(database_url: str
             ids = await make_tasks(pool, USERS)
             tasks = {
                 row["user_id"]: dict(row)
-                for row in await pool.fetch(f"SELECT {', '.join(sql.database.NAMES)} FROM task")
+                for row in await pool.fetch(f"SELECT {', '.join(sql.database.COLUMNS)} FROM task")
             }
             changes: list[tuple[str, Callable[[], Awaitable[Any]], Task | None]] = []  # with what they are to change
             for number, (user_id, task) in enumerate(tasks.items()):
@@ -489,7 +489,7 @@ def test_a_transaction_that_takes_too_long_is_not_rolled_back_by_a_statement(
     filled_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would answer that either, and it would take a time limit of its own. The connection is closed."""
-    monkeypatch.setattr(sql, "TIMEOUT", 0.3)
+    monkeypatch.setattr(sql, "CALL_TIMEOUT", 0.3)
 
     async def check() -> None:
         async with pool_and_queries(filled_url, HangsInTransaction) as (pool, queries):

@@ -85,7 +85,7 @@ def test_what_waits_for_a_lock_beyond_the_time_limit_is_unavailable(
     database_url: str, monkeypatch: pytest.MonkeyPatch, lock: str
 ) -> None:
     """And is not done after that."""
-    monkeypatch.setattr(sql, "TIMEOUT", 0.5)
+    monkeypatch.setattr(sql, "CALL_TIMEOUT", 0.5)
 
     async def check() -> None:
         async with pool_and_queries(database_url) as (pool, queries):

@@ -19,7 +19,7 @@ from tests.support.service_process import ROOT
 
 def filled(statement: str) -> str:
     """Return a statement as PostgreSQL is sent it."""
-    return statement.replace("{task}", ", ".join(sql.database.NAMES))
+    return statement.replace("{task}", ", ".join(sql.database.COLUMNS))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,8 @@ REACHING = {
     ),
     "UPDATE that gives a task away": "UPDATE task SET user_id = 'bob' WHERE user_id = $1 AND true",
     "UPDATE that gives a task away among all columns": (
-        f"UPDATE task SET ({{task}}) = (id + 2, 'bob', {', '.join(sql.database.NAMES[2:])}) WHERE user_id = $1 AND true"
+        f"UPDATE task SET ({{task}}) = (id + 2, 'bob', {', '.join(sql.database.COLUMNS[2:])})"
+        " WHERE user_id = $1 AND true"
     ),
     "UPDATE that takes a task over": "UPDATE task SET user_id = $1 WHERE id = $2 AND true",
     "DELETE by the id": "DELETE FROM task WHERE id = $2 AND true RETURNING $1::text",
@@ -274,7 +275,7 @@ def test_every_file_is_read_into_one_constant_of_its_name() -> None:
 def test_every_method_takes_the_caller_first() -> None:
     methods = {name: method for name, method in vars(sql.Queries).items() if inspect.isfunction(method)}
     public = {name: method for name, method in methods.items() if not name.startswith("_")}
-    del public["apply_schema"], public["semaphore"]  # which send nothing for a caller
+    del public["make_ready"], public["semaphore"]  # which send nothing for a caller
     # create_task and list_tasks send one of two statements.
     assert {f"{name}.sql" for name in public} == {*STATEMENTS} - {"get_task_by_key.sql", "list_tasks_by_status.sql"}
     for method in public.values():

@@ -31,8 +31,8 @@ DUE_DATE = """\
 --- a/sql/database.py
 +++ b/sql/database.py
 @@
--NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
-+NAMES = ("id", "user_id", "title", "description", "completed", "due_date", "created_at", "updated_at")
+-COLUMNS = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
++COLUMNS = ("id", "user_id", "title", "description", "completed", "due_date", "created_at", "updated_at")
 --- a/sql/schema.sql
 +++ b/sql/schema.sql
 @@
@@ -66,8 +66,8 @@ PRIORITY = """\
 --- a/sql/database.py
 +++ b/sql/database.py
 @@
--NAMES = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
-+NAMES = ("id", "user_id", "title", "description", "completed", "priority", "created_at", "updated_at")
+-COLUMNS = ("id", "user_id", "title", "description", "completed", "created_at", "updated_at")
++COLUMNS = ("id", "user_id", "title", "description", "completed", "priority", "created_at", "updated_at")
 --- a/sql/schema.sql
 +++ b/sql/schema.sql
 @@

@@ -257,7 +257,7 @@ LIMITS = {  # the words of the README, and whether they are true
         program.HEAD_LINES == 200,
     ],
     "| 15 s | 408 |": [program.REQUEST_TIMEOUT == 15],
-    "8 s with all waits and second tries, and 2 s to cancel": [program.TIMEOUT == 8, program.RELEASE_TIMEOUT == 2],
+    "8 s with all waits and second tries, and 2 s to cancel": [program.CALL_TIMEOUT == 8, program.RELEASE_TIMEOUT == 2],
     "| 2 of a user, and 3 of 50 tasks or more |": [
         program.LISTS_PER_USER == 2,
         program.LONG_LISTS_AT_ONCE == 3,
@@ -283,4 +283,4 @@ def test_a_limit_that_the_readme_tells_is_that_of_the_program(words: str) -> Non
 
 
 def test_a_request_is_answered_before_a_router_gives_up() -> None:
-    assert program.TIMEOUT + program.RELEASE_TIMEOUT < 30
+    assert program.CALL_TIMEOUT + program.RELEASE_TIMEOUT < 30

@@ -103,7 +103,7 @@ async def pool_and_queries(
 
 def fields(row: asyncpg.Record | None) -> Task | None:
     """Return the task in a row, without what comes behind it."""
-    return dict(zip(sql.database.NAMES, row, strict=False)) if row else None
+    return dict(zip(sql.database.COLUMNS, row, strict=False)) if row else None
 
 
 async def whole_list(queries: Queries, user_id: str, completed: bool | None = None) -> list[Task | None]:

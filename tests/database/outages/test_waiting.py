@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sql.database import TIMEOUT
+from sql.database import CALL_TIMEOUT
 from tests.support.database import OTHERS, connect, locked, wait_for_backends
 from tests.support.fixtures import StartService
 from tests.support.outages import (
@@ -31,7 +31,9 @@ from tests.support.service_process import Client, Service
 WAITS_FOR_A_LOCK = "wait_event_type = 'Lock'"
 
 SHORT = 1.5
-HASTY: dict[str, object] = dict.fromkeys(["service.TIMEOUT", "sql.TIMEOUT", "sql.database.TIMEOUT"], SHORT)
+HASTY: dict[str, object] = dict.fromkeys(
+    ["service.CALL_TIMEOUT", "sql.CALL_TIMEOUT", "sql.database.CALL_TIMEOUT"], SHORT
+)
 """Constants of a service in which a call may take that many seconds."""
 
 
@@ -47,7 +49,7 @@ def service(server: Postgres) -> Iterator[Service]:
 
 
 def test_a_call_may_take_eight_seconds() -> None:
-    assert TIMEOUT == 8
+    assert CALL_TIMEOUT == 8
 
 
 def locked_row(url: str, task: dict[str, Any]) -> Any:
