@@ -374,11 +374,11 @@ async def list_response(request: Request, completed: bool | None) -> Response:
     pages = queries(request).list_tasks(request.user, completed)
     # The user's other lists wait here, with no page in memory, and hold up no other user's.
     of_user = queries(request).semaphore(request.user, "list", LISTS_PER_USER)
-    async with asyncio.timeout(CALL_TIMEOUT) if of_user.locked() else contextlib.nullcontext(), of_user:
+    async with asyncio.timeout(CALL_TIMEOUT), of_user:
         page: list[Record] = await anext(pages, [])
         text, count = bytearray(b'{"items":[' + to_json(page)), len(page)
         if count == FIRST_PAGE:  # there may be more
-            async with asyncio.timeout(CALL_TIMEOUT), queries(request).long_lists:
+            async with queries(request).long_lists:
                 while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
                     text += b"," + to_json(page)
                     count += len(page)

@@ -147,7 +147,7 @@ class Queries:
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
         # A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
         busy = (user_id, task_id) in self.semaphores
-        async with asyncio.timeout(CALL_TIMEOUT) if busy else nullcontext(), self.semaphore(user_id, task_id):
+        async with asyncio.timeout(CALL_TIMEOUT), self.semaphore(user_id, task_id):
             rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
             return rows[0] if rows else None  # if there is no such task, or none of these versions
 
