@@ -84,9 +84,10 @@ class Queries:
         self.schema_applied = False  # until it is, all methods raise Unavailable
         self.queues: dict[str, list[Call]] = {}  # by their statement, each with a sender that takes the calls
         self.senders: set[asyncio.Task[None]] = set()
-        # Calls that go alone take at most half of the connections, so that batches get one. A pool of one serves both.
-        self.half_of_pool = pool.get_max_size() // 2
-        self.alone_limit = asyncio.Semaphore(max(1, self.half_of_pool))
+        # Reads that go alone take at most a quarter of the connections, and so do writes, which may wait for locks: so
+        # neither holds up the other, or batches. A pool of one serves all.
+        self.half_of_pool, quarter = pool.get_max_size() // 2, max(1, pool.get_max_size() // 4)
+        self.lone_reads, self.lone_writes = asyncio.Semaphore(quarter), asyncio.Semaphore(quarter)
         self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
         # The keys are (user, task id) of a change, (user, statement) of calls that go alone, and (user, "list"). It is
         # there as long as somebody holds its semaphore or waits for it.
@@ -155,18 +156,19 @@ class Queries:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
-        deadline, pause, may_resend = self.loop.time() + CALL_TIMEOUT, 0.0, statement in READS
+        is_read = may_resend = statement in READS
+        deadline, pause = self.loop.time() + CALL_TIMEOUT, 0.0
         # While a write of a user goes alone, as it has met a lock, so do the next ones: they may meet it, too.
-        alone = alone or (statement not in READS and (user_id, statement) in self.semaphores)
+        alone = alone or (not is_read and (user_id, statement) in self.semaphores)
         with self.span(statement):
             while True:
                 call = Call(user_id, parameters, deadline, [], self.loop.create_future())
                 try:
                     if alone:
-                        of_user = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if statement in READS else 1)
+                        of_user = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if is_read else 1)
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
-                            async with of_user, self.alone_limit:
+                            async with of_user, self.lone_reads if is_read else self.lone_writes:
                                 await self._send_queue(statement, [call])
                     elif statement in self.queues:
                         self.queues[statement].append(call)
