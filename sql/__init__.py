@@ -7,7 +7,7 @@ import asyncio
 import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -21,7 +21,6 @@ __all__ = ["CALL_TIMEOUT", "FIRST_PAGE", "Queries", "Refused", "Unavailable", "V
 
 Versions = list[int] | None  # the updated_at that a task may have, in microseconds since 2000; None for any
 
-RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 MIN_PAUSE, MAX_PAUSE = 0.05, 1.0  # seconds between two tries of a call that goes alone
 MAX_BATCH = 32  # calls
 MAX_DELAY = 0.01  # seconds; if a batch takes longer, those that wait for its connection get another one
@@ -245,6 +244,5 @@ class Queries:
                     call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
             self._hand_over_queue(statement, queue)
-            if connection:
-                with suppress(Exception):  # an error closes the connection
-                    await self.pool.release(connection, timeout=RELEASE_TIMEOUT)
+            if connection:  # without the shield, a second cancellation would have asyncpg log a traceback
+                await asyncio.shield(database.release(self.pool, connection))

@@ -140,6 +140,7 @@ def read_url(url: str) -> dict[str, Any]:
 
 
 CALL_TIMEOUT = 8.0  # seconds that a call may take, second tries included
+RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
 SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 
@@ -215,6 +216,12 @@ class Connection(asyncpg.Connection):
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
             raise
+
+
+async def release(pool: Pool, connection: Connection) -> None:
+    """Give a connection back to its pool. It never raises: an error closes the connection."""
+    with contextlib.suppress(Exception):
+        await pool.release(connection, timeout=RELEASE_TIMEOUT)
 
 
 SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))

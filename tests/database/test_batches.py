@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -498,6 +499,34 @@ def test_a_transaction_that_takes_too_long_is_not_rolled_back_by_a_statement(
                 await queries.delete_task("user-1", 1, None)
             assert HangsInTransaction.executed == ["BEGIN; SET LOCAL lock_timeout = '50ms'"]
             await wait_in_loop_until(lambda: pool.get_size() == 0)
+
+    asyncio.run(check())
+
+
+class Stuck(Spy):
+    """A connection that cannot be given back in time, as the database hangs."""
+
+    released: ClassVar[int] = 0
+
+    async def reset(self, *, timeout: float | None = None) -> None:
+        if self.sent:
+            Stuck.released += 1
+            await asyncio.sleep(0.05)
+            raise TimeoutError
+
+
+def test_a_connection_that_fails_after_its_call_was_cancelled_is_closed_without_a_traceback(filled_url: str) -> None:
+    async def check() -> None:
+        complaints: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
+        async with pool_and_queries(filled_url, Stuck) as (pool, queries):
+            await pool.execute("INSERT INTO task (user_id, title) SELECT 'long', 'x' FROM generate_series(1, 60)")
+            reading = asyncio.create_task(whole_list(queries, "long"))
+            await wait_in_loop_until(lambda: Stuck.released == 2)  # that of the second page, which goes alone
+            reading.cancel()
+            await wait_in_loop_until(lambda: pool.get_size() == 0)
+            gc.collect()  # asyncio then tells of exceptions that nobody has asked for
+            assert complaints == []
 
     asyncio.run(check())
 
