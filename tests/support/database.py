@@ -18,7 +18,10 @@ OTHERS = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg
 
 
 def connect(url: str) -> psycopg.Connection[tuple[Any, ...]]:
-    return psycopg.connect(url, autocommit=True)
+    """Open a connection of a test, for which no time limit counts that it has set for those of the service."""
+    connection = psycopg.connect(url, autocommit=True)
+    connection.execute("SET statement_timeout = 0")
+    return connection
 
 
 def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
