@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # for the \s of JavaScript, too
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # \s means these in Python, not in JavaScript
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -299,7 +299,8 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def hash_of(fields: Mapping[str, Any]) -> str:
-    """Return a hash of `completed` and the fields that differ from their defaults, so that a new field changes none."""
+    """Return a hash of the fields that differ from their defaults, so that a new field changes no stored hash."""
+    # `completed` is always in it, as in version 1.0, whose hashes are there too.
     hashed = [name for name in FIELDS if fields.get(name) != DEFAULTS.get(name) or name == "completed"]
     return hashlib.sha256(json.dumps({name: fields.get(name) for name in hashed}, default=str).encode()).hexdigest()
 
@@ -307,7 +308,7 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 # --- Answers: tasks, errors, and what every answer carries ------------------------------------------------------------
 
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20 - len("]}")  # longer lists are streamed
-LISTS_PER_USER = 2  # lists that are put together at once: fewer than LONG_LISTS_AT_ONCE, so that others' find a place
+LISTS_PER_USER = 2  # put together at once; fewer than LONG_LISTS_AT_ONCE in sql, so that others' lists find a place
 
 DETAILS = {  # what an error says unless there is more to say; 408 and 431 are added below
     400: "The body must be valid JSON, encoded as UTF-8",
@@ -374,13 +375,13 @@ async def list_response(request: Request, completed: bool | None) -> Response:
     pages = queries(request).list_tasks(request.user, completed)
     # The user's other lists wait here, with no page in memory, and hold up no other user's.
     async with asyncio.timeout(CALL_TIMEOUT), queries(request).semaphore(request.user, "list", LISTS_PER_USER):
-        page: list[Record] = await anext(pages, [])
-        text, count = bytearray(b'{"items":[' + to_json(page)), len(page)
+        piece: list[Record] = await anext(pages, [])
+        text, count = bytearray(b'{"items":[' + to_json(piece)), len(piece)
         if count == FIRST_PAGE:  # there may be more
             async with queries(request).long_lists:
-                while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (page := await anext(pages, [])):
-                    text += b"," + to_json(page)
-                    count += len(page)
+                while count <= WHOLE_LIST_TASKS and len(text) <= WHOLE_LIST_BYTES and (piece := await anext(pages, [])):
+                    text += b"," + to_json(piece)
+                    count += len(piece)
     if count > WHOLE_LIST_TASKS or len(text) > WHOLE_LIST_BYTES:
         return StreamingResponse(stream(request, text, pages), media_type="application/json")
     text += b"]}"
@@ -392,8 +393,8 @@ async def stream(request: Request, text: bytearray, pages: AsyncIterator[list[Re
     if request.method != "HEAD":
         yield memoryview(text)
         del text  # or it would stay as long as the stream
-        async for page in pages:
-            yield b"," + to_json(page)
+        async for piece in pages:
+            yield b"," + to_json(piece)
         yield b"]}"
 
 
@@ -559,7 +560,7 @@ class Identity:
         arrived = time.monotonic()
         if kid not in self.keys:
             async with self.fetching:  # so that all who wait here wait for one fetch
-                # A fetch that began before the token arrived may have missed a key that was published since.
+                # A fetch that began before the token arrived may have missed its key; one that failed since is enough.
                 if kid not in self.keys and self.fetched_at <= arrived:
                     await self.fetch_keys()
         if kid in self.keys:
@@ -594,7 +595,7 @@ class Identity:
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
                 log.warning("%s: no keys could be fetched: %s", place, reason(error))
-            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # who waited for it does not repeat it
+            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # who waited here does not try again
 
 
 def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
@@ -973,7 +974,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.refuse(400)
         elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
-        elif self.arriving and self.deadline.cancelled():
+        elif self.arriving and self.deadline.cancelled():  # by on_message_begin: a request has just begun
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:

@@ -38,7 +38,7 @@ BOUND = (
 KEY_CONFLICT = " ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
 # What each has exactly once: the table, its owner, a verb, a word before a table.
 ONCE = (r"\btask\b", r"\buser_id\b", r"\b(SELECT|UPDATE|DELETE|INSERT)\b", r"\b(FROM|INTO|UPDATE|JOIN|USING|TABLE)\b")
-# What none has: OR, comments, quoted names, escapes, a second statement, other placeholders, dollar quotes, non-ASCII.
+# What none has: OR, comments, quoted names, escapes, a second statement, braces elsewhere, dollar quotes, non-ASCII.
 NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;{]|\$[^0-9]|[^ -~]"
 
 
@@ -88,8 +88,8 @@ class Queries:
         self.half_of_pool, quarter = pool.get_max_size() // 2, max(1, pool.get_max_size() // 4)
         self.lone_reads, self.lone_writes = asyncio.Semaphore(quarter), asyncio.Semaphore(quarter)
         self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
-        # The keys are (user, task id) of a change, (user, statement) of calls that go alone, and (user, "list"). It is
-        # there as long as somebody holds its semaphore or waits for it.
+        # The keys are (user, task id) of a change, (user, statement) of calls that go alone, and (user, "list"). A key
+        # is there as long as somebody holds its semaphore or waits for it.
         self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def make_ready(self) -> None:
@@ -107,7 +107,7 @@ class Queries:
         return rows[0] if rows else None
 
     async def list_tasks(self, user_id: str, completed: bool | None) -> AsyncIterator[list[Record]]:
-        """Yield the caller's tasks in lists, newest first: all of them, or those that are completed or are not."""
+        """Yield the caller's tasks, newest first, in pieces of FIRST_PAGE: all, or those of one `completed`."""
         statement, filters = (LIST_TASKS, ()) if completed is None else (LIST_TASKS_BY_STATUS, (completed,))
         size, after, more = FIRST_PAGE, NEWEST, True
         while more:
@@ -115,7 +115,7 @@ class Queries:
             if more := len(page) == size:
                 after, size = (page[-1]["created_at"], page[-1]["id"]), NEXT_PAGE
             while page:
-                yield page[:FIRST_PAGE]  # a small list, so that little JSON waits for a slow client
+                yield page[:FIRST_PAGE]  # not the whole page, so that little JSON waits for a slow client
                 del page[:FIRST_PAGE]
 
     async def create_task(
@@ -178,12 +178,13 @@ class Queries:
                     return call.rows
                 except Exception as error:
                     # An SQL error has rolled the batch back, so even a write is sent again, alone: if it was in a
-                    # batch, or if it met a lock. After a ConnectionError nobody knows: a read is sent again, once.
-                    retry = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
-                    retry_read = isinstance(error, ConnectionError) and may_resend
-                    if not retry and not retry_read:
+                    # batch, or if it met a lock. After a ConnectionError, which Connection.sending makes of all that
+                    # says that a connection is lost or silent, nobody knows: a read is sent again, once.
+                    rolled_back = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
+                    lost_read = isinstance(error, ConnectionError) and may_resend
+                    if not rolled_back and not lost_read:
                         raise classify(error) from None
-                    may_resend = may_resend and not retry_read
+                    may_resend = may_resend and not lost_read
                     pause = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0
                     alone = True
 
@@ -193,7 +194,7 @@ class Queries:
         sender.add_done_callback(self.senders.discard)
 
     def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
-        """Give what waits in the queue to another sender, unless that has been done before."""
+        """Give what waits in a queue to another sender, unless that is done, or it is that of a lone call."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:
@@ -217,7 +218,7 @@ class Queries:
                 if not connection:
                     async with asyncio.timeout_at(deadline):
                         connection = await self.pool.acquire()
-                if statement not in READS:  # by user and id or key: in one order, batches cannot wait for each other
+                if statement not in READS:  # by user and id or key: batches lock rows in one order, so never deadlock
                     batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
                 parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
                 seconds = deadline - self.loop.time()

@@ -93,7 +93,7 @@ BEGIN
         BEGIN
             NEW.request_hash := split_part(NEW.idempotency_key, ' ', 2);
             NEW.idempotency_key := split_part(NEW.idempotency_key, ' ', 1);
-            -- No row tells version 1.0 that the key came with another request before.
+            -- Version 1.0 takes no row for: the key came with another request before.
             IF TG_OP = 'INSERT' AND EXISTS (
                 SELECT FROM task
                 WHERE user_id = NEW.user_id

@@ -174,7 +174,7 @@ async def connect(*arguments: Any, **options: Any) -> "Connection":
 
 
 class Connection(asyncpg.Connection):
-    """A connection that the pool does not reset, which would double the round trips: nothing is left in its session."""
+    """A connection whose session the pool does not reset: nothing is left in it, and that would be a round trip."""
 
     # Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter.
     sets_lock_timeout = False
@@ -193,9 +193,9 @@ class Connection(asyncpg.Connection):
 
     @contextlib.asynccontextmanager
     async def sending(self, seconds: float) -> AsyncIterator[None]:
-        """Raise ConnectionError if the connection is lost, or gives no answer in time.
+        """Stand around each message: raise ConnectionError if the connection is lost, or gives no answer in time.
 
-        Where lock_timeout is not set, do all in a transaction that sets it, and that may take so many seconds.
+        Where lock_timeout is not set, make a transaction around it that sets it, and that may take so many seconds.
         """
         try:
             if not self.sets_lock_timeout:
@@ -218,7 +218,7 @@ class Connection(asyncpg.Connection):
             raise
 
 
-async def release(pool: Pool, connection: Connection) -> None:
+async def release(pool: Pool, connection: Any) -> None:
     """Give a connection back to its pool. It never raises: an error closes the connection."""
     with contextlib.suppress(Exception):
         await pool.release(connection, timeout=RELEASE_TIMEOUT)

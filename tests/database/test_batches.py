@@ -135,10 +135,8 @@ def test_lists_of_one_user_in_a_batch_are_each_whole(filled_url: str) -> None:
         async with pool_and_queries(filled_url) as (_, queries):
             lists = await asyncio.gather(*(whole_list(queries, user_id) for user_id in ["user-2", "user-5"] * 10))
             assert sizes() == [20]
-            assert [[task and task["user_id"] for task in each] for each in lists] == [
-                ["user-2"] * 3,
-                ["user-5"] * 3,
-            ] * 10
+            owners = [[task and task["user_id"] for task in each] for each in lists]
+            assert owners == [["user-2"] * 3, ["user-5"] * 3] * 10
 
     asyncio.run(check())
 
@@ -509,7 +507,7 @@ class Stuck(Spy):
     released: ClassVar[int] = 0
 
     async def reset(self, *, timeout: float | None = None) -> None:
-        if self.sent:
+        if self.sent:  # a call has been sent
             Stuck.released += 1
             await asyncio.sleep(0.05)
             raise TimeoutError
@@ -517,6 +515,7 @@ class Stuck(Spy):
 
 def test_a_connection_that_fails_after_its_call_was_cancelled_is_closed_without_a_traceback(filled_url: str) -> None:
     async def check() -> None:
+        Spy.sent.clear()
         complaints: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
         async with pool_and_queries(filled_url, Stuck) as (pool, queries):
