@@ -225,9 +225,11 @@ async def release(pool: Pool, connection: Any) -> None:
 
 
 SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
-LOCK_SCHEMA = """
-    SET LOCAL lock_timeout = 0;
+BEGIN_SCHEMA = """
+    BEGIN;
+    SET LOCAL lock_timeout = '5s';  -- another process may be applying it; this one tries again later
     SET LOCAL statement_timeout = 0;
+    SET LOCAL idle_in_transaction_session_timeout = '5s';  -- lets go of the lock if this connection is lost
     SELECT pg_advisory_xact_lock(7305001);  -- a number of our own, the same in every version
     -- While this waits for a lock of the table, all others wait behind it; so it soon gives up, and tries again later.
     SET LOCAL lock_timeout = '200ms';
@@ -249,15 +251,20 @@ async def apply_schema(pool: Pool) -> None:
     Raise Unavailable.
     """
     try:
-        async with pool.acquire() as connection, connection.transaction():
-            await connection.execute(LOCK_SCHEMA, timeout=SCHEMA_TIMEOUT)
-            if (encoding := await connection.fetchval("SHOW server_encoding")) != "UTF8":
-                raise Unavailable(f"the encoding of the database is {encoding}, and must be UTF8")
-            present = {row[0] for row in await connection.fetch(PRESENT)}
-            if present and "request_hash" not in present:
-                await connection.execute(ADOPT, timeout=SCHEMA_TIMEOUT)
-            if not present >= EXPECTED:  # IF NOT EXISTS needs the CREATE privilege even where all is there
-                await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
+        async with pool.acquire() as connection:
+            try:
+                await connection.execute(BEGIN_SCHEMA)
+                if (encoding := await connection.fetchval("SHOW server_encoding")) != "UTF8":
+                    raise Unavailable(f"the encoding of the database is {encoding}, and must be UTF8")
+                present = {row[0] for row in await connection.fetch(PRESENT)}
+                if present and "request_hash" not in present:
+                    await connection.execute(ADOPT, timeout=SCHEMA_TIMEOUT)
+                if not present >= EXPECTED:  # IF NOT EXISTS needs the CREATE privilege even where all is there
+                    await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
+                await connection.execute("COMMIT")
+            except BaseException:
+                connection.terminate()  # which rolls back; a lost connection would not answer a ROLLBACK
+                raise
     except Exception as error:  # whatever it is, someone can mend it in the database
         raise Unavailable(reason(error)) from None
 

@@ -8,18 +8,20 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import psycopg
 import pytest
 from psycopg import sql
 
-from sql.database import LOCK_SCHEMA, LOCK_TIMEOUT, migrate
+from sql.database import BEGIN_SCHEMA, LOCK_TIMEOUT, Unavailable, apply_schema_when_possible, migrate
 from sql.database import apply_schema as apply_on
 from tests.support.database import PASSWORD, UNAVAILABLE, connect, execute, name_of, url_as
 from tests.support.fixtures import StartService
@@ -264,7 +266,7 @@ def test_an_index_that_somebody_has_dropped_is_made_again(database_url: str, tab
 
 # --- Many at once
 
-[LOCK] = re.findall(r"pg_advisory_xact_lock\([0-9]+\)", LOCK_SCHEMA)
+[LOCK] = re.findall(r"pg_advisory_xact_lock\([0-9]+\)", BEGIN_SCHEMA)
 
 
 async def apply_by_many(url: str, tables: str, rounds: int) -> None:
@@ -315,7 +317,9 @@ def test_a_process_waits_for_another_one_that_applies_the_schema(database_url: s
 
 
 @pytest.mark.parametrize("tables", [VERSION_1_0, "an index is missing"])
-def test_nobody_waits_behind_the_schema_while_it_waits_for_somebody_else(database_url: str, tables: str) -> None:
+def test_nobody_waits_behind_the_schema_while_it_waits_for_somebody_else(
+    database_url: str, tables: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """It gives up soon, and the service tries again."""
     if tables == VERSION_1_0:
         execute(database_url, tables)
@@ -330,6 +334,7 @@ def test_nobody_waits_behind_the_schema_while_it_waits_for_somebody_else(databas
             execute(database_url, f"SET lock_timeout = '5s'; {insertion}")
         assert "lock timeout" in str(applied.exception())
     apply_schema(database_url)
+    assert not caplog.records  # as if asyncpg has to end the transaction
 
 
 def test_migrate_tries_again_while_somebody_reads_the_table(database_url: str) -> None:
@@ -344,6 +349,49 @@ def test_migrate_tries_again_while_somebody_reads_the_table(database_url: str) -
         assert not migrated.done(), migrated.exception()
         reader.rollback()
         migrated.result(30)
+    assert checks(database_url) == CHECKS
+
+
+@contextmanager
+def silent_after(text: bytes, url: str) -> Iterator[str]:
+    """The URL of a proxy, in which each connection is lost without a word when this text has passed it."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as sockets:
+        there = urlsplit(url)
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    client = sockets.enter_context(server.accept()[0])
+                    database = sockets.enter_context(socket.create_connection((there.hostname, there.port)))
+                    lost = threading.Event()
+                    for ends in [(client, database), (database, client)]:
+                        threading.Thread(target=pass_on, args=(*ends, lost), daemon=True).start()
+
+        def pass_on(source: socket.socket, target: socket.socket, lost: threading.Event) -> None:
+            with suppress(OSError):
+                while (data := source.recv(2**16)) and not lost.is_set():
+                    target.sendall(data)
+                    if text in data:
+                        lost.set()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield there._replace(netloc=f"{there.username}@127.0.0.1:{server.getsockname()[1]}").geturl()
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_connection_that_is_lost_while_the_schema_is_applied_holds_up_nobody(database_url: str) -> None:
+    """Not its own process, and no other one, though the database does not notice that nobody is there."""
+
+    async def check() -> None:
+        with silent_after(b"pg_advisory_xact_lock", database_url) as url:
+            async with asyncpg.create_pool(url, min_size=0, command_timeout=0.5) as pool:
+                async with asyncio.timeout(5):
+                    with pytest.raises(Unavailable, match="it took too long"):
+                        await apply_on(pool)
+            async with asyncpg.create_pool(database_url, min_size=0) as pool, asyncio.timeout(30):
+                await apply_schema_when_possible(pool)
+
+    asyncio.run(check())
     assert checks(database_url) == CHECKS
 
 
