@@ -244,6 +244,6 @@ class Queries:
                     call.done.set_exception(error)
                     call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
-            self._hand_over_queue(statement, queue)
             if connection:  # without the shield, a second cancellation would have asyncpg log a traceback
                 await asyncio.shield(database.release(self.pool, connection))
+            self._hand_over_queue(statement, queue)  # only now, so that others who wait get the connection first
