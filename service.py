@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # \s means these in Python, not in JavaScript
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # the \s of JavaScript differs by these
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -89,7 +89,7 @@ async def create_task(request: Request) -> Response:
     """Create a task."""
     body, key = await read_json(request), idempotency_key(request)
     fields = DEFAULTS | valid_fields(request, body, required="title")
-    del body  # or what nobody needs of it would be in memory while the database works
+    del body  # frees what nobody needs of it while the database works
     values = [fields.get(name) for name in FIELDS]
     task = await queries(request).create_task(request.user, key, key and hash_of(fields), values)
     if task is None:
@@ -435,7 +435,7 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app or b"vary" not in dict(message["headers"]):  # the first for speed
+                if app is self.app or b"vary" not in dict(message["headers"]):  # the first only spares making the dict
                     added.append((b"vary", b"Origin"))  # or a cache may give the answer to another origin
                 if UNDER_API.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
@@ -560,7 +560,7 @@ class Identity:
         arrived = time.monotonic()
         if kid not in self.keys:
             async with self.fetching:  # so that all who wait here wait for one fetch
-                # A fetch that began before the token arrived may have missed its key; one that failed since is enough.
+                # A fetch that began before the token came may have missed its key. Of a failure, fetched_at is the end.
                 if kid not in self.keys and self.fetched_at <= arrived:
                     await self.fetch_keys()
         if kid in self.keys:
@@ -725,7 +725,7 @@ SCHEMAS = {
     "Task": json_object(TASK),
     "TaskList": json_object({"items": {"type": "array", "items": {"$ref": "#/components/schemas/Task"}}}),
     "NewTask": json_object(FIELDS, required=["title"], description=f"Defaults: {json.dumps(DEFAULTS)}, else null."),
-    "TaskChanges": json_object(FIELDS, required=[], description="Only fields that are sent change; null clears one."),
+    "TaskChanges": json_object(FIELDS, required=[], description="What is sent is changed; null clears description."),
     "Completion": json_object(
         {"completed": FIELDS["completed"]}, required=[], type=["object", "null"], description="Left out, it is toggled."
     ),
@@ -974,7 +974,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.refuse(400)
         elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
-        elif self.arriving and self.deadline.cancelled():  # by on_message_begin: a request has just begun
+        elif self.arriving and self.deadline.cancelled():  # a request that does not come in one piece, as most do
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:

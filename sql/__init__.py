@@ -126,7 +126,7 @@ class Queries:
             if rows := await self._send(CREATE_TASK, user_id, key, request_hash, *values):
                 return rows[0]
             if key is None:
-                raise Refused  # by a trigger
+                raise Refused  # no row and no key: a trigger has dropped it
             if rows := await self._send(GET_TASK_BY_KEY, user_id, key, request_hash):
                 return rows[0] if rows[0]["same_request"] else None
         raise Unavailable("the task of the key is made and deleted all the time")
@@ -155,7 +155,7 @@ class Queries:
         """Return the rows of a statement for its caller, sent in a batch with others, or by itself if `alone`."""
         if not self.schema_applied:
             raise Unavailable("the schema has not been applied yet")
-        is_read = may_resend = statement in READS
+        is_read = may_read_again = statement in READS
         deadline, pause = self.loop.time() + CALL_TIMEOUT, 0.0
         # While a write of a user goes alone, as it has met a lock, so do the next ones: they may meet it, too.
         alone = alone or (not is_read and (user_id, statement) in self.semaphores)
@@ -165,9 +165,10 @@ class Queries:
                 try:
                     if alone:
                         of_user = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if is_read else 1)
+                        of_all = self.lone_reads if is_read else self.lone_writes
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
-                            async with of_user, self.lone_reads if is_read else self.lone_writes:
+                            async with of_user, of_all:
                                 await self._send_queue(statement, [call])
                     elif statement in self.queues:
                         self.queues[statement].append(call)
@@ -180,11 +181,11 @@ class Queries:
                     # An SQL error has rolled the batch back, so even a write is sent again, alone: if it was in a
                     # batch, or if it met a lock. After a ConnectionError, which Connection.sending makes of all that
                     # says that a connection is lost or silent, nobody knows: a read is sent again, once.
-                    rolled_back = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
-                    lost_read = isinstance(error, ConnectionError) and may_resend
-                    if not rolled_back and not lost_read:
+                    send_again = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
+                    read_again = isinstance(error, ConnectionError) and may_read_again
+                    if not send_again and not read_again:
                         raise classify(error) from None
-                    may_resend = may_resend and not lost_read
+                    may_read_again = may_read_again and not read_again
                     pause = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0
                     alone = True
 
@@ -194,7 +195,7 @@ class Queries:
         sender.add_done_callback(self.senders.discard)
 
     def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
-        """Give what waits in a queue to another sender, unless that is done, or it is that of a lone call."""
+        """Give what waits in a queue to another sender, unless it has been given already, or is of a lone call."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:

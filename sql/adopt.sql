@@ -14,7 +14,8 @@ SET idempotency_key = split_part(idempotency_key, ' ', 1),
     request_hash = split_part(idempotency_key, ' ', 2)
 WHERE idempotency_key LIKE '% %';
 
--- A row that nobody owns gets an owner that no token can name. A time beyond the limits becomes the nearest within.
+-- A row that nobody owns gets an owner that no token can name. A time beyond the limits, or on their last day, moves
+-- inside, with room for changes to move it on.
 ALTER TABLE task DROP CONSTRAINT IF EXISTS task_created_at;
 ALTER TABLE task DROP CONSTRAINT IF EXISTS task_updated_at;
 UPDATE task
@@ -93,7 +94,7 @@ BEGIN
         BEGIN
             NEW.request_hash := split_part(NEW.idempotency_key, ' ', 2);
             NEW.idempotency_key := split_part(NEW.idempotency_key, ' ', 1);
-            -- Version 1.0 takes no row for: the key came with another request before.
+            -- To version 1.0, no row means that the key came with another request before.
             IF TG_OP = 'INSERT' AND EXISTS (
                 SELECT FROM task
                 WHERE user_id = NEW.user_id

@@ -1,5 +1,5 @@
 -- The changed task, or no row. $2: the number of the call, $3: the id, $4: the versions that may be
--- changed, or null for any, $5: the value of completed, or null to toggle it. update_task.sql has more of updated_at.
+-- changed, or null for any, $5: the value of completed, or null to toggle it. updated_at is as in update_task.sql.
 UPDATE task
 SET completed = coalesce($5, NOT completed),
     updated_at = greatest(now(), (updated_at AT TIME ZONE 'UTC' + interval '1 microsecond') AT TIME ZONE 'UTC')

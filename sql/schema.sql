@@ -1,6 +1,7 @@
 -- The table of tasks. The service applies this file when it starts and does not find all of it: in one transaction, one
 -- process at a time (apply_schema in database.py). A table of another program is converted by adopt.sql before. A new
 -- column comes after the table, as ALTER TABLE task ADD COLUMN IF NOT EXISTS, so that tables that exist get it too.
+-- database.py finds the names of columns and indexes by this layout.
 
 CREATE TABLE IF NOT EXISTS task (
     -- Every statement names one user. With user_id leading the key, a sharded database asks one shard.
