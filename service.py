@@ -860,8 +860,10 @@ class Resource:
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(self.handlers))})
         try:
             response = await handler(Request(scope, receive, send))
-        except asyncio.CancelledError:  # the time for requests in flight is over
-            response = await error_response(Request(scope), ApiError(503, "The service is stopping, try again soon"))
+        scope["task"] = asyncio.current_task()  # for HttpProtocol
+        except asyncio.CancelledError:  # the client has hung up, or the time for requests in flight is over
+            error = scope.get("refused") or ApiError(503, "The service is stopping, try again soon")
+            response = await error_response(Request(scope), error)
         await response(scope, receive, send)
 
 
@@ -955,6 +957,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
+        scope: Any = self.cycle.scope if self.cycle and not self.cycle.response_started else {}
+        if "task" in scope and scope["method"] in ("GET", "HEAD"):
+            scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx uses this status
+            scope["task"].cancel()  # it may be a list that would wait for seconds, and hold much memory
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -11,10 +11,12 @@ import argparse
 import contextlib
 import multiprocessing
 import socket
+import struct
 import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -281,6 +283,24 @@ def broken_off_heads(service: Service, divisor: int) -> str:
         return str(memory)
 
 
+def lists_left_alone(service: Service, divisor: int) -> str:
+    fill(service, "many", 8000, WIDE)
+    fields = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 3000) for number in range(20))
+    content = request(LIST, "many").removesuffix(b"\r\n") + fields + b"\r\n"
+    open_connections: deque[socket.socket] = deque()
+    with Memory(service.process.pid) as memory:
+        for _ in range(6000 // divisor):
+            open_connections.append(connect(service.port))
+            open_connections[-1].sendall(content)
+            if len(open_connections) == 20:
+                with open_connections.popleft() as oldest:
+                    oldest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        for connection in open_connections:
+            connection.close()
+        service.wait_until_ready(PATIENCE)
+        return str(memory)
+
+
 def unread_docs(service: Service, divisor: int) -> str:
     return unread(service, request("/docs/redoc.js") * 4, 200)
 
@@ -373,6 +393,7 @@ ATTACKS = [
     Attack("60 lists of 3,000 tasks of emoji that nobody reads", "at most +150 MB", unread_emoji),
     Attack("500 lists of 3,000 large tasks, broken off one after the other", "at most +150 MB", broken_off_lists),
     Attack("5,000 heads of 60 KB, broken off one after the other", "at most +30 MB", broken_off_heads),
+    Attack("6,000 lists by one user on 20 connections, reset while they wait", "at most +60 MB", lists_left_alone),
     Attack("500 HEADs of a list of 3,000 large tasks at once, by one user", "at most +150 MB", heads_of_lists),
     Attack("300 bodies of 64 KB of fields that nobody knows, at once", "at most +150 MB", bodies_at_once),
     Attack("200 connections that ask 4 times for /docs/redoc.js and read nothing", "at most +100 MB", unread_docs),

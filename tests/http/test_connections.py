@@ -26,6 +26,29 @@ from tests.support.wire import (
     wait_until_read,
 )
 
+# --- Who hangs up ----------------------------------------------------------------------------------------------------
+
+
+def test_a_read_ends_when_its_client_hangs_up_and_a_write_is_made(service: Service, alice: Client) -> None:
+    """What waits for nobody would fill the memory: hanging up is free, and no limit of connections counts it."""
+    reads = {"list": "GET /api/tasks", "head": "HEAD /api/tasks", "one": "GET /api/tasks/1"}
+    with psycopg.connect(service.database_url) as lock:
+        lock.execute("LOCK TABLE task")
+        for request_id, line in reads.items():
+            with Raw(service) as connection:
+                connection.send(line, bearer(alice), f"X-Request-ID: {request_id}")
+                wait_until_read(service)
+        with Raw(service) as connection:
+            task = b'{"title": "x"}'
+            connection.send("POST /api/tasks", bearer(alice), "X-Request-ID: new", "Content-Length: 14", content=task)
+            wait_until_read(service)
+        for request_id in reads:
+            assert "status=499" in service.log_line(request_id, seconds=4)
+        assert "id=new" not in service.log
+    assert "status=201" in service.log_line("new")
+    assert [each["title"] for each in alice.tasks()] == ["x"]
+
+
 # --- One request at a time -------------------------------------------------------------------------------------------
 
 

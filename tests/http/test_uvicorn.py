@@ -31,7 +31,7 @@ OVERRIDDEN = {
 }  # fmt: skip
 USED = {
     "self": {"parser", "loop", "transport", "cycle", "headers", "url", "_unset_keepalive_if_required"},
-    "cycle": {"keep_alive", "response_complete", "scope", "more_body", "message_event"},
+    "cycle": {"keep_alive", "response_complete", "response_started", "scope", "more_body", "message_event"},
 }  # fmt: skip
 """What HttpProtocol takes from uvicorn."""
 
