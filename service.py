@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # the \s of JavaScript differs by these
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # with Python's \s or JavaScript's alike
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -108,7 +108,6 @@ async def update_task(request: Request) -> Response:
     fields = valid_fields(request, await read_json(request))
     task_id, versions = task_id_of(request), if_match_versions(request)
     if fields:
-        # For each field: whether to set it, and to what.
         changes = [part for name in FIELDS for part in (name in fields, fields.get(name))]
         task = await queries(request).update_task(request.user, task_id, versions, changes)
     else:  # nothing is written, and updated_at stays
@@ -144,6 +143,9 @@ API: dict[str, dict[str, Handler]] = {
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
+HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of the body or the trailers are complete
+HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
+REQUEST_TIMEOUT = 15.0  # seconds from the first to the last byte of a request, and from the connection to its first
 JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
 IDEMPOTENCY_KEY = r'"[!-~]{1,255}"|(?!""$)[!-~]{1,255}'  # perhaps in quotes; "" is empty
 ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'  # RFC 9110, section 8.8.3
@@ -189,6 +191,7 @@ def finite_number(text: str) -> float:
 
 
 JSON = json.JSONDecoder(parse_float=finite_number, parse_int=finite_number, parse_constant=finite_number)
+TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "string": (str, "a string")}
 
 
 def valid_fields(request: Request, body: object, names: Iterable[str] = FIELDS, required: str = "") -> dict[str, Any]:
@@ -210,9 +213,6 @@ def valid_fields(request: Request, body: object, names: Iterable[str] = FIELDS, 
     if errors:
         raise ApiError(422, errors=errors)
     return fields
-
-
-TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "string": (str, "a string")}
 
 
 def valid_value(rule: Mapping[str, Any], value: object) -> object:
@@ -310,14 +310,16 @@ def hash_of(fields: Mapping[str, Any]) -> str:
 WHOLE_LIST_TASKS, WHOLE_LIST_BYTES = 1000, 2**20 - len("]}")  # longer lists are streamed
 LISTS_PER_USER = 2  # put together at once; fewer than LONG_LISTS_AT_ONCE in sql, so that others' lists find a place
 
-DETAILS = {  # what an error says unless there is more to say; 408 and 431 are added below
+DETAILS = {  # what an error says unless there is more to say
     400: "The body must be valid JSON, encoded as UTF-8",
     401: "Not authenticated",
     404: "Task not found",
+    408: f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds",
     412: "The task has changed since the version that If-Match names",
     413: f"The body must have at most {BODY_LIMIT} bytes",
     415: "The body must be JSON, with Content-Type: application/json",
     422: "A field, the id in the path, the status in the query, or the use of the Idempotency-Key is wrong",
+    431: f"The head of a request must have at most {HEAD_LIMIT} bytes and {HEAD_LINES} lines",
     500: "Internal Server Error",
     503: "The database is not available right now, try again soon",
 }
@@ -435,7 +437,7 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app or b"vary" not in dict(message["headers"]):  # the first only spares making the dict
+                if app is self.app or b"vary" not in dict(message["headers"]):  # without CORS there is none
                     added.append((b"vary", b"Origin"))  # or a cache may give the answer to another origin
                 if UNDER_API.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
@@ -560,7 +562,7 @@ class Identity:
         arrived = time.monotonic()
         if kid not in self.keys:
             async with self.fetching:  # so that all who wait here wait for one fetch
-                # A fetch that began before the token came may have missed its key. Of a failure, fetched_at is the end.
+                # A fetch that began before the token came may have missed its key. But one that failed is not repeated.
                 if kid not in self.keys and self.fetched_at <= arrived:
                     await self.fetch_keys()
         if kid in self.keys:
@@ -703,7 +705,7 @@ def json_content(schema: str, **more: Any) -> dict[str, Any]:
 
 
 def json_object(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return the schema of an object that has all of the properties, unless more is said."""
+    """Return the schema of an object, with all of the properties required; `more` adds to it, or overrides that."""
     return {"type": "object", "properties": properties, "required": [*properties], **more}
 
 
@@ -725,7 +727,7 @@ SCHEMAS = {
     "Task": json_object(TASK),
     "TaskList": json_object({"items": {"type": "array", "items": {"$ref": "#/components/schemas/Task"}}}),
     "NewTask": json_object(FIELDS, required=["title"], description=f"Defaults: {json.dumps(DEFAULTS)}, else null."),
-    "TaskChanges": json_object(FIELDS, required=[], description="What is sent is changed; null clears description."),
+    "TaskChanges": json_object(FIELDS, required=[], description="What is sent changes; null clears what may be null."),
     "Completion": json_object(
         {"completed": FIELDS["completed"]}, required=[], type=["object", "null"], description="Left out, it is toggled."
     ),
@@ -858,9 +860,9 @@ class Resource:
         handler = self.handlers.get(scope["method"])
         if handler is None:
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(self.handlers))})
+        scope["task"] = asyncio.current_task()  # for HttpProtocol
         try:
             response = await handler(Request(scope, receive, send))
-        scope["task"] = asyncio.current_task()  # for HttpProtocol
         except asyncio.CancelledError:  # the client has hung up, or the time for requests in flight is over
             error = scope.get("refused") or ApiError(503, "The service is stopping, try again soon")
             response = await error_response(Request(scope), error)
@@ -928,22 +930,15 @@ def create_app(settings: Settings) -> ASGIApp:
 # --- The server: limits of connections, the command line, the embedded database --------------------------------------
 
 KEEP_ALIVE = 95  # seconds that an idle connection stays open: longer than the 90 of Heroku's router, which closes it
-HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of the body or the trailers are complete
-HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
-REQUEST_TIMEOUT = 15.0  # seconds from the first bytes of a request, or the start of a connection, to its end
 UNREAD_TIMEOUT = 300_000  # milliseconds for which a client may read nothing of an answer
 SHUTDOWN_GRACE = 20  # seconds that requests in flight get when the server is stopped; more than REQUEST_TIMEOUT
-DETAILS |= {
-    408: f"A request must arrive within {REQUEST_TIMEOUT:.0f} seconds",
-    431: f"The head of a request must have at most {HEAD_LIMIT} bytes and {HEAD_LINES} lines",
-}
 
 
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with what an open port needs and no setting of uvicorn gives.
 
-    A request is limited in time, and its head in size. Bytes that come before the answer are not parsed as a request,
-    and the connection closes after it (RFC 9112, section 9.3.2). Trailers are dropped (RFC 9110, section 6.5.1).
+    A request is limited in time, and its head in size. A pipelined request is not parsed, and the connection closes
+    after the answer before it (RFC 9112, section 9.3.2). Trailers are dropped (RFC 9110, section 6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -957,15 +952,15 @@ class HttpProtocol(HttpToolsProtocol):
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
-        scope: Any = self.cycle.scope if self.cycle and not self.cycle.response_started else {}
-        if "task" in scope and scope["method"] in ("GET", "HEAD"):
-            scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx uses this status
-            scope["task"].cancel()  # it may be a list that would wait for seconds, and hold much memory
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # a timer would keep all that is left of the connection
         self.deadline.cancel()
+        scope: Any = self.cycle.scope if self.cycle and not self.cycle.response_started else {}
+        if "task" in scope and scope["method"] in ("GET", "HEAD"):
+            scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx uses this status
+            scope["task"].cancel()  # it may be a list that would wait for seconds, and hold much memory
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
@@ -980,7 +975,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.refuse(400)
         elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
-        elif self.arriving and self.deadline.cancelled():  # a request that does not come in one piece, as most do
+        elif self.arriving and self.deadline.cancelled():  # most requests come in one piece, and need none
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:
@@ -1062,8 +1057,7 @@ def main() -> None:
                 api, token = f"http://{settings.host}:{settings.port}", make_token(settings, "demo")
                 print(BANNER.format(api=api, token=token), flush=True)
             uvicorn.run(
-                # Of several workers each reads the environment again and makes its own application.
-                create_app(settings) if settings.workers == 1 else "service:app",
+                create_app(settings) if settings.workers == 1 else "service:app",  # which each worker imports
                 host=settings.host,
                 port=settings.port,
                 workers=settings.workers,

@@ -71,8 +71,8 @@ class Queries:
     """The statements, each for the caller that it is given.
 
     A call waits in the queue of its statement, and a sender sends up to MAX_BATCH of them in one message. A call goes
-    alone where it would disturb a batch: after an error in its batch, for a further page of a list, for a task that is
-    being changed, and, if it is a write, while one of the same user and statement goes alone.
+    alone where it would disturb a batch: after an error in its batch, for a further page of a list, for a change of a
+    task that this process is changing, and, if it is a write, while one of the same user and statement goes alone.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -84,8 +84,8 @@ class Queries:
         self.queues: dict[str, list[Call]] = {}  # by their statement, each with a sender that takes the calls
         self.senders: set[asyncio.Task[None]] = set()
         # Reads that go alone take at most a quarter of the connections, and so do writes, which may wait for locks: so
-        # neither holds up the other, or batches. A pool of one serves all.
-        self.half_of_pool, quarter = pool.get_max_size() // 2, max(1, pool.get_max_size() // 4)
+        # neither holds up the other, or batches, which have the other half. A pool of one serves all.
+        self.for_batches, quarter = pool.get_max_size() // 2, max(1, pool.get_max_size() // 4)
         self.lone_reads, self.lone_writes = asyncio.Semaphore(quarter), asyncio.Semaphore(quarter)
         self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
         # The keys are (user, task id) of a change, (user, statement) of calls that go alone, and (user, "list"). A key
@@ -234,8 +234,8 @@ class Queries:
                     if not call.done.done():  # it is done if the request was cancelled
                         call.done.set_result(None)
                 timer.cancel()
-                if len(self.senders) > self.half_of_pool:
-                    break  # others may wait for the connection
+                if len(self.senders) > self.for_batches:
+                    break  # another sender may wait for this connection
         except Exception as error:
             if isinstance(error, (ConnectionError, ReadOnlySQLTransactionError)):
                 # A restart ends all connections of the pool. After a failover they lead to a standby, or to nobody.

@@ -97,7 +97,7 @@ def classify(error: Exception) -> Exception:
     return error
 
 
-# Keys of a URL that are read here, or left out without a word: channel_binding is no better than sslmode=verify-full.
+# Keys of a URL that are read here, or left out without a word, as asyncpg has nothing of the kind.
 OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cache_size", "connect_timeout",
             "channel_binding", "gssencmode"}  # fmt: skip
 
@@ -164,7 +164,8 @@ async def connect(*arguments: Any, **options: Any) -> "Connection":
     try:
         try:
             connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
-        except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):  # PgBouncer; PostgreSQL 11
+        except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):
+            # PgBouncer takes no such parameters, and PostgreSQL 11 has no plan_cache_mode.
             options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
             connection = await asyncpg.connect(*arguments, **options)
         await connection.prepare_session()
@@ -195,7 +196,7 @@ class Connection(asyncpg.Connection):
     async def sending(self, seconds: float) -> AsyncIterator[None]:
         """Stand around each message: raise ConnectionError if the connection is lost, or gives no answer in time.
 
-        Where lock_timeout is not set, make a transaction around it that sets it, and that may take so many seconds.
+        Where lock_timeout is not set, make a transaction around it that sets it, and that may take `seconds`.
         """
         try:
             if not self.sets_lock_timeout:

@@ -53,7 +53,7 @@ def start_postgres(folder: Path) -> str:
     atexit.register(lock.release)
     data = folder / "data"
     if not data.exists():
-        unfinished = folder / "unfinished"  # by which it is known, should this be killed on the way
+        unfinished = folder / "unfinished"  # an initialization that is killed leaves this folder, not `data`
         shutil.rmtree(unfinished, ignore_errors=True)
         get_server(unfinished, start=False).ensure_pgdata_inited()
         unfinished.rename(data)
