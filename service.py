@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # with Python's \s or JavaScript's alike
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # blank as in Python; JavaScript's \s differs
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -195,14 +195,11 @@ TYPES = {"boolean": (bool, "true or false"), "integer": (int, "an integer"), "st
 
 
 def valid_fields(request: Request, body: object, names: Iterable[str] = FIELDS, required: str = "") -> dict[str, Any]:
-    """Return those of the named fields that a body has; raise 422 with all that is wrong, the id in the path too.
-
-    Other fields are ignored: real clients send a whole task back.
-    """
+    """Return those of the named fields that a body has; raise 422 with all that is wrong, the id in the path too."""
     errors, fields = task_id_errors(request), {}
     if not isinstance(body, dict):
         raise ApiError(422, errors=errors | {"body": "must be an object"})
-    for name in names:
+    for name in names:  # others are ignored, as real clients send a whole task back
         if name in body:
             try:
                 fields[name] = valid_value(FIELDS[name], body[name])
@@ -334,7 +331,7 @@ class ApiError(HTTPException):
         super().__init__(status, detail or DETAILS[status])
 
 
-async def error_response(request: Request, error: Exception) -> Response:
+async def error_response(request: Request, error: BaseException) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
     if isinstance(error, Unavailable | TimeoutError):
         request.scope["error"] = reason(error)
@@ -343,6 +340,8 @@ async def error_response(request: Request, error: Exception) -> Response:
         request.scope["error"] = f"Refused: {error}"
         field = str(error).removeprefix("task_")
         error = ApiError(422, errors={field if field in FIELDS else "body": "is refused by the database"})
+    elif isinstance(error, asyncio.CancelledError):  # by HttpProtocol, or at the end of the time for requests in flight
+        error = request.scope.get("refused") or ApiError(503, "The service is stopping, try again soon")
     elif isinstance(error, ClientDisconnect):
         error = ApiError(400, "The body ended before it was complete")
     elif not isinstance(error, HTTPException):
@@ -410,10 +409,7 @@ quoted = json.encoder.encode_basestring_ascii  # a text for the log: in quotes a
 
 
 class Answers:
-    """ASGI middleware around everything: headers that all answers have, a log line for each, and no slash at the end.
-
-    Only requests that name an origin, as browsers do, go through CORS, which makes a request an eighth dearer.
-    """
+    """ASGI middleware around everything: the headers of all answers, a log line for each, no slash at the end."""
 
     def __init__(self, app: ASGIApp, with_cors: ASGIApp) -> None:
         self.app = app
@@ -425,7 +421,7 @@ class Answers:
             return await self.app(scope, receive, send)
         started = time.perf_counter()
         headers = dict(scope["headers"])
-        app = self.with_cors if b"origin" in headers else self.app
+        app = self.with_cors if b"origin" in headers else self.app  # CORS makes a request an eighth dearer
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not re.fullmatch("[A-Za-z0-9._-]{1,128}", request_id):
             request_id = f"{random.getrandbits(128):032x}"  # it need not be secret
@@ -559,17 +555,19 @@ class Identity:
 
     async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
         """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 if the last fetch failed."""
-        arrived = time.monotonic()
-        if kid not in self.keys:
-            async with self.fetching:  # so that all who wait here wait for one fetch
-                # A fetch that began before the token came may have missed its key. But one that failed is not repeated.
-                if kid not in self.keys and self.fetched_at <= arrived:
-                    await self.fetch_keys()
+        if kid not in self.keys:  # who hangs up does not end the fetch, as others wait for it
+            await asyncio.shield(self.look_for_key(kid, arrived=time.monotonic()))
         if kid in self.keys:
             return self.keys[kid]
         if self.fetch_error:
             raise ApiError(503, "The keys to verify tokens with are not available right now, try again soon")
         raise jwt.InvalidKeyError
+
+    async def look_for_key(self, kid: str | None, arrived: float) -> None:
+        async with self.fetching:  # so that all who wait here wait for one fetch
+            # One that began before the token came may have missed its key. One that has failed since is not repeated.
+            if kid not in self.keys and self.fetched_at <= arrived:
+                await self.fetch_keys()
 
     async def keep_keys_fresh(self) -> None:
         """Fetch the issuer's keys again and again, for as long as the process serves."""
@@ -597,7 +595,7 @@ class Identity:
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
                 log.warning("%s: no keys could be fetched: %s", place, reason(error))
-            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # who waited here does not try again
+            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # for those who have waited for it
 
 
 def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
@@ -624,9 +622,10 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and UNDER_API.match(scope["path"]):
+            scope["handling"] = asyncio.current_task()  # for HttpProtocol
             try:
                 scope["user"] = await self.identity.caller(header(scope, b"authorization") or "")
-            except ApiError as error:
+            except (ApiError, asyncio.CancelledError) as error:
                 return await (await error_response(Request(scope), error))(scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -860,11 +859,9 @@ class Resource:
         handler = self.handlers.get(scope["method"])
         if handler is None:
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(self.handlers))})
-        scope["task"] = asyncio.current_task()  # for HttpProtocol
         try:
             response = await handler(Request(scope, receive, send))
-        except asyncio.CancelledError:  # the client has hung up, or the time for requests in flight is over
-            error = scope.get("refused") or ApiError(503, "The service is stopping, try again soon")
+        except asyncio.CancelledError as error:
             response = await error_response(Request(scope), error)
         await response(scope, receive, send)
 
@@ -958,9 +955,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # a timer would keep all that is left of the connection
         self.deadline.cancel()
         scope: Any = self.cycle.scope if self.cycle and not self.cycle.response_started else {}
-        if "task" in scope and scope["method"] in ("GET", "HEAD"):
-            scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx uses this status
-            scope["task"].cancel()  # it may be a list that would wait for seconds, and hold much memory
+        if "handling" in scope and (scope["method"] in ("GET", "HEAD") or "user" not in scope):
+            # It may be a list, or a token with an unknown key, that would wait for seconds, and hold much memory.
+            scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx has this status
+            scope["handling"].cancel()
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)

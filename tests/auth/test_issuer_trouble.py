@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import itertools
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from tests.support.tokens import (
     new_user,
 )
 from tests.support.waiting import wait_until
+from tests.support.wire import Raw
 
 NO_KEYS = {"detail": "The keys to verify tokens with are not available right now, try again soon"}
 
@@ -261,3 +263,29 @@ def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
         for answer in waiting:
             answer.result(10)
     assert issuer.most_at_once == 1
+
+
+def test_who_hangs_up_waits_for_the_issuer_no_longer_and_ends_no_fetch_that_others_wait_for(database: str) -> None:
+    new, go = KEYS["ES256"], threading.Event()
+
+    def held(request: BaseHTTPRequestHandler) -> None:
+        go.wait(10)
+        page(key_set(KEY, new))(request)
+
+    with (
+        issuers_and_services(database, page(key_set(KEY))) as [(issuer, service)],
+        service.client() as client,
+        Raw(service) as leaving,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        issuer.behave(held)
+        bearer = f"Authorization: Bearer {by_an_unknown_key(issuer)}"
+        leaving.send("POST /api/tasks", bearer, "X-Request-ID: leaving", "Content-Length: 2", content=b"{}")
+        staying = threads.submit(ask_with, client, new.sign(issuer.claims(new_user())))
+        wait_until(lambda: len(issuer.paths) == 2, HEALING)
+        leaving.socket.shutdown(socket.SHUT_RDWR)
+        assert " status=499 " in service.log_line("leaving")
+        assert not staying.done()
+        go.set()
+        assert staying.result().json() == {"items": []}
+        assert len(issuer.paths) == 2
