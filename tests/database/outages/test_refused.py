@@ -131,6 +131,18 @@ def test_a_table_that_is_dropped_is_a_503_until_it_is_restored(service: Service,
     assert_healed(service, alice, [task])
 
 
+def test_an_index_that_a_restore_has_not_made_yet_is_a_503(service: Service, url: str, alice: Client) -> None:
+    """SQLSTATE 42P10: pg_restore makes indexes after the rows."""
+    [(made,)] = execute(url, "SELECT pg_get_indexdef('task_idempotency_key_idx'::regclass)")
+    task = alice.create()
+    execute(url, "DROP INDEX task_idempotency_key_idx")
+    assert_unavailable(alice.post("/api/tasks", json={"title": "x"}))
+    assert_unavailable(alice.post("/api/tasks", json={"title": "x"}, headers={"Idempotency-Key": "a"}))
+    assert alice.tasks() == [task]
+    execute(url, made)
+    assert_healed(service, alice, [task])
+
+
 def test_a_database_that_is_read_only_is_read(postgres: Postgres, service: Service, alice: Client, bob: Client) -> None:
     """SQLSTATE 25006."""
     task, bobs = alice.create(), bob.create()
