@@ -29,8 +29,8 @@ LONG_LISTS_AT_ONCE = 3  # per process; bounds the memory for lists of more than 
 LONE_READS_AT_ONCE = 3  # per user and statement: reads that go alone
 NEWEST = (2**63 - 1, 2**63 - 1)  # a created_at and an id before the first page; this timestamp is infinity
 
-# WHERE begins with the caller and has no OR, so nothing can widen it. One table is named once, so nothing else is read.
-# This finds mistakes, not malice: a function that takes SQL as text would pass.
+# Patterns of a statement without its comments, literals and {task}. WHERE begins with the caller and has no OR, so that
+# nothing can widen it. One table is named once. This finds mistakes, not malice: a function that takes SQL would pass.
 BOUND = (
     r"(SELECT [^()]+ FROM task|UPDATE task SET .+|DELETE FROM task) WHERE user_id = \$1 AND .+"
     r"|INSERT INTO task \(user_id, [^()]+\) VALUES \(\$1, [^()]+\) RETURNING [^()]+"
@@ -45,10 +45,10 @@ NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;{]|\$[^0-9]|[^ -~]"
 def load(name: str) -> str:
     """Return a statement, with the columns of a task in the place of {task}; raise ValueError unless it is bound."""
     statement = (Path(__file__).parent / name).read_text("utf-8")
-    text = re.sub(r"(?m)^--.*$|'[^'\\]*'|(?<=SELECT ){task}|(?<=RETURNING ){task}", " ", statement)
-    text = " ".join(text.split()).replace(KEY_CONFLICT, "")
-    once = all(len(re.findall(word, text, re.IGNORECASE)) == 1 for word in ONCE)
-    if not re.fullmatch(BOUND, text) or not once or re.search(NEVER, text, re.IGNORECASE):
+    bare = re.sub(r"(?m)^--.*$|'[^'\\]*'|(?<=SELECT ){task}|(?<=RETURNING ){task}", " ", statement)
+    bare = " ".join(bare.split()).replace(KEY_CONFLICT, "")
+    once = all(len(re.findall(word, bare, re.IGNORECASE)) == 1 for word in ONCE)
+    if not re.fullmatch(BOUND, bare) or not once or re.search(NEVER, bare, re.IGNORECASE):
         raise ValueError(f"sql/{name} could reach tasks of somebody other than $1")
     return statement.replace("{task}", ", ".join(COLUMNS))
 
@@ -206,7 +206,7 @@ class Queries:
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
         """Send calls over one connection, in batches, until none are left, a batch fails, or others need it.
 
-        A batch is one message and one transaction: asyncpg's fetchmany. Each row has the number of its call in it.
+        A batch is one message and one transaction. fetchmany returns all rows in one list, each with its call's number.
         """
         connection: Any = None  # a Connection
         try:

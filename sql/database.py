@@ -194,7 +194,7 @@ class Connection(asyncpg.Connection):
 
     @contextlib.asynccontextmanager
     async def sending(self, seconds: float) -> AsyncIterator[None]:
-        """Stand around each message: raise ConnectionError if the connection is lost, or gives no answer in time.
+        """Wrap the sending of a message: raise ConnectionError if the connection is lost, or gives no answer in time.
 
         Where lock_timeout is not set, make a transaction around it that sets it, and that may take `seconds`.
         """

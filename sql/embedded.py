@@ -60,8 +60,8 @@ def start_postgres(folder: Path) -> str:
     server = get_server(data, start=False)
     if not any(process.info["cwd"] == str(data) for process in psutil.process_iter(["cwd"])):
         (data / "postmaster.pid").unlink(missing_ok=True)  # left by a crash; the id may be another process's now
-    # PostgreSQL asks for no password, so its socket is in a folder of this user alone. The start of get_server has no
-    # such folder, and fails if there is a space in the path of the data.
+    # PostgreSQL asks for no password, so its socket is in a folder of this user alone. get_server(start=True) makes
+    # none, and fails if there is a space in the path of the data.
     sockets = tempfile.mkdtemp(prefix="tasks-")
     atexit.register(shutil.rmtree, sockets)
     if server.system_user:  # PostgreSQL refuses to run as root
