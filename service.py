@@ -60,7 +60,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",  # blank as in Python; JavaScript's \s differs
+        # Blank is what Python's \s is, which has \x1c-\x1f and \x85. JavaScript's has not, but has \ufeff.
+        "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
     },
@@ -143,7 +144,7 @@ API: dict[str, dict[str, Handler]] = {
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-HEAD_LIMIT = 65_536  # bytes that may come before the head, the next chunk of the body or the trailers are complete
+HEAD_LIMIT = 65_536  # most bytes of a head, or of a chunk or trailers, that may come before it is complete
 HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
 REQUEST_TIMEOUT = 15.0  # seconds from the first to the last byte of a request, and from the connection to its first
 JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
@@ -565,7 +566,8 @@ class Identity:
 
     async def look_for_key(self, kid: str | None, arrived: float) -> None:
         async with self.fetching:  # so that all who wait here wait for one fetch
-            # One that began before the token came may have missed its key. One that has failed since is not repeated.
+            # A fetch that began before the token came may have missed its key. One that has failed since, which sets
+            # fetched_at, is not repeated.
             if kid not in self.keys and self.fetched_at <= arrived:
                 await self.fetch_keys()
 
@@ -985,7 +987,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.cycle, self.arriving = None, True  # type: ignore[assignment]  # the cycle begins when the head is complete
 
     def on_headers_complete(self) -> None:
-        if self.size > HEAD_LIMIT:  # perhaps by the beginning of the body, if it came in the same piece
+        if self.size > HEAD_LIMIT:  # which may include the beginning of the body: count the head alone
             self.size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES:
             raise ValueError("the head is too large")

@@ -30,7 +30,7 @@ LONE_READS_AT_ONCE = 3  # per user and statement: reads that go alone
 NEWEST = (2**63 - 1, 2**63 - 1)  # a created_at and an id before the first page; this timestamp is infinity
 
 # Patterns of a statement without its comments, literals and {task}. WHERE begins with the caller and has no OR, so that
-# nothing can widen it. One table is named once. This finds mistakes, not malice: a function that takes SQL would pass.
+# nothing can widen it. Only `task` is named, once. They find mistakes, not malice: a function that takes SQL passes.
 BOUND = (
     r"(SELECT [^()]+ FROM task|UPDATE task SET .+|DELETE FROM task) WHERE user_id = \$1 AND .+"
     r"|INSERT INTO task \(user_id, [^()]+\) VALUES \(\$1, [^()]+\) RETURNING [^()]+"
@@ -81,12 +81,12 @@ class Queries:
         self.span = database.traced if "opentelemetry" in sys.modules else nullcontext
         self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.schema_applied = False  # until it is, all methods raise Unavailable
-        self.queues: dict[str, list[Call]] = {}  # by their statement, each with a sender that takes the calls
+        self.queues: dict[str, list[Call]] = {}  # by their statement; each list has one sender, until it hands it over
         self.senders: set[asyncio.Task[None]] = set()
         # Reads that go alone take at most a quarter of the connections, and so do writes, which may wait for locks: so
-        # neither holds up the other, or batches, which have the other half. A pool of one serves all.
-        self.for_batches, quarter = pool.get_max_size() // 2, max(1, pool.get_max_size() // 4)
-        self.lone_reads, self.lone_writes = asyncio.Semaphore(quarter), asyncio.Semaphore(quarter)
+        # neither holds up the other, or batches. A pool of one serves all.
+        self.lone_reads, self.lone_writes = (asyncio.Semaphore(max(1, pool.get_max_size() // 4)) for _ in range(2))
+        self.many_senders = pool.get_max_size() // 2  # if there are more, each gives its connection up after a batch
         self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
         # The keys are (user, task id) of a change, (user, statement) of calls that go alone, and (user, "list"). A key
         # is there as long as somebody holds its semaphore or waits for it.
@@ -234,8 +234,8 @@ class Queries:
                     if not call.done.done():  # it is done if the request was cancelled
                         call.done.set_result(None)
                 timer.cancel()
-                if len(self.senders) > self.for_batches:
-                    break  # another sender may wait for this connection
+                if len(self.senders) > self.many_senders:
+                    break  # another one may wait for this connection
         except Exception as error:
             if isinstance(error, (ConnectionError, ReadOnlySQLTransactionError)):
                 # A restart ends all connections of the pool. After a failover they lead to a standby, or to nobody.
