@@ -864,6 +864,7 @@ class Resource:
         try:
             response = await handler(Request(scope, receive, send))
         except asyncio.CancelledError as error:
+        del scope["handling"]  # HttpProtocol cancels no answer
             response = await error_response(Request(scope), error)
         await response(scope, receive, send)
 
