@@ -60,7 +60,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "title": {
         "type": "string",
         "maxLength": 200,
-        # Blank is what Python's \s is, which has \x1c-\x1f and \x85. JavaScript's has not, but has \ufeff.
+        # The same in JavaScript, which reads it in OpenAPI: its \s lacks \x1c-\x1f and \x85, and has \ufeff.
         "pattern": r"^[^\x00]*([^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$",
         "description": "At least one character is not white space. Kept exactly as sent.",
         "examples": ["Buy milk"],
@@ -566,8 +566,7 @@ class Identity:
 
     async def look_for_key(self, kid: str | None, arrived: float) -> None:
         async with self.fetching:  # so that all who wait here wait for one fetch
-            # A fetch that began before the token came may have missed its key. One that has failed since, which sets
-            # fetched_at, is not repeated.
+            # A fetch that began before the token came may have missed its key. One that failed since set fetched_at.
             if kid not in self.keys and self.fetched_at <= arrived:
                 await self.fetch_keys()
 
@@ -864,8 +863,8 @@ class Resource:
         try:
             response = await handler(Request(scope, receive, send))
         except asyncio.CancelledError as error:
-        del scope["handling"]  # HttpProtocol cancels no answer
             response = await error_response(Request(scope), error)
+        del scope["handling"]  # HttpProtocol cancels no answer
         await response(scope, receive, send)
 
 
@@ -976,7 +975,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.refuse(400)
         elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
-        elif self.arriving and self.deadline.cancelled():  # most requests come in one piece, and need none
+        elif self.arriving and self.deadline.cancelled():  # it has no timer yet, as most come in one piece
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:

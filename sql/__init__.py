@@ -81,7 +81,7 @@ class Queries:
         self.span = database.traced if "opentelemetry" in sys.modules else nullcontext
         self.loop = asyncio.get_running_loop()  # asking for it again is a system call before Python 3.12
         self.schema_applied = False  # until it is, all methods raise Unavailable
-        self.queues: dict[str, list[Call]] = {}  # by their statement; each list has one sender, until it hands it over
+        self.queues: dict[str, list[Call]] = {}  # by their statement; each list is emptied by a sender of its own
         self.senders: set[asyncio.Task[None]] = set()
         # Reads that go alone take at most a quarter of the connections, and so do writes, which may wait for locks: so
         # neither holds up the other, or batches. A pool of one serves all.
@@ -179,8 +179,7 @@ class Queries:
                     return call.rows
                 except Exception as error:
                     # An SQL error has rolled the batch back, so even a write is sent again, alone: if it was in a
-                    # batch, or if it met a lock. After a ConnectionError, which Connection.sending makes of all that
-                    # says that a connection is lost or silent, nobody knows: a read is sent again, once.
+                    # batch, or met a lock. After a ConnectionError (by sending) nobody knows: a read goes once more.
                     send_again = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
                     read_again = isinstance(error, ConnectionError) and may_read_again
                     if not send_again and not read_again:
@@ -195,7 +194,7 @@ class Queries:
         sender.add_done_callback(self.senders.discard)
 
     def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
-        """Give what waits in a queue to another sender, unless it has been given already, or is of a lone call."""
+        """Give what waits in a queue to another sender, if its sender is slow or ends. A lone call has none there."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:
@@ -206,7 +205,8 @@ class Queries:
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
         """Send calls over one connection, in batches, until none are left, a batch fails, or others need it.
 
-        A batch is one message and one transaction. fetchmany returns all rows in one list, each with its call's number.
+        A batch is one message and one transaction, in which the statement is executed for each call with its own $1.
+        fetchmany returns all rows in one list, each with the number of its call.
         """
         connection: Any = None  # a Connection
         try:
