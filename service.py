@@ -496,7 +496,7 @@ class Identity:
         self.verified: dict[str, tuple[str, float]] = {}  # the user and the expiry of each verified token
         self.keys: dict[str | None, tuple[Any, list[str]]] = {}  # the issuer's, by their `kid`, with their algorithms
         self.key_set: bytes | None = None  # the text that they were read from
-        self.fetching = asyncio.Lock()
+        self.fetching: asyncio.Task[None] | None = None  # the fetch that is going on, or the last one
         self.fetched_at = -math.inf  # by time.monotonic: when the last fetch began, or failed
         self.fetch_error = ""  # why it failed
         if settings.jwks_url:
@@ -556,25 +556,26 @@ class Identity:
 
     async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
         """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 if the last fetch failed."""
-        if kid not in self.keys:  # who hangs up does not end the fetch, as others wait for it
-            await asyncio.shield(self.look_for_key(kid, arrived=time.monotonic()))
+        arrived = time.monotonic()
+        # A fetch that began before the token came may have missed its key. One that failed since has set fetched_at.
+        while kid not in self.keys and self.fetched_at <= arrived:
+            await self.refresh_keys()
         if kid in self.keys:
             return self.keys[kid]
         if self.fetch_error:
             raise ApiError(503, "The keys to verify tokens with are not available right now, try again soon")
         raise jwt.InvalidKeyError
 
-    async def look_for_key(self, kid: str | None, arrived: float) -> None:
-        async with self.fetching:  # so that all who wait here wait for one fetch
-            # A fetch that began before the token came may have missed its key. One that failed since set fetched_at.
-            if kid not in self.keys and self.fetched_at <= arrived:
-                await self.fetch_keys()
+    async def refresh_keys(self) -> None:
+        """Wait for the fetch that is going on, or for a new one. It goes on if who waits for it is cancelled."""
+        if not self.fetching or self.fetching.done():
+            self.fetching = asyncio.create_task(self.fetch_keys())
+        await asyncio.shield(self.fetching)
 
     async def keep_keys_fresh(self) -> None:
         """Fetch the issuer's keys again and again, for as long as the process serves."""
         while self.settings.jwks_url:
-            async with self.fetching:
-                await self.fetch_keys()
+            await self.refresh_keys()
             await asyncio.sleep(KEYS_REFRESH)
 
     async def fetch_keys(self) -> None:
@@ -760,8 +761,7 @@ OPENAPI: dict[str, Any] = {
 }
 STATIC: dict[str, Response] = {
     "/": JSONResponse(OPENAPI["info"] | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}),
-    # /health does not ask the database, which a restart would not mend.
-    "/health": JSONResponse({"status": "ok", "version": VERSION}),
+    "/health": JSONResponse({"status": "ok", "version": VERSION}),  # a restart would not mend the database
     "/openapi.json": JSONResponse(OPENAPI),
     "/docs": docs_page(
         "<div id=page></div><script src=/docs/swagger_bundle.js></script><script src=/docs/page.js></script>"
