@@ -264,7 +264,8 @@ async def apply_schema(pool: Pool) -> None:
                     await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
                 await connection.execute("COMMIT")
             except BaseException:
-                connection.terminate()  # which rolls back; a lost connection would not answer a ROLLBACK
+                with contextlib.suppress(asyncpg.InterfaceError):  # the pool has closed it already
+                    connection.terminate()  # which rolls back; a lost connection would not answer a ROLLBACK
                 raise
     except Exception as error:  # whatever it is, someone can mend it in the database
         raise Unavailable(reason(error)) from None
