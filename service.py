@@ -434,7 +434,7 @@ class Answers:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if app is self.app or b"vary" not in dict(message["headers"]):  # without CORS there is none
+                if app is self.app or b"vary" not in dict(message["headers"]):  # without CORS there is none to look for
                     added.append((b"vary", b"Origin"))  # or a cache may give the answer to another origin
                 if UNDER_API.match(scope["path"]):
                     reading = scope["method"] in ("GET", "HEAD") and message["status"] < 400
@@ -557,7 +557,7 @@ class Identity:
     async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
         """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 if the last fetch failed."""
         arrived = time.monotonic()
-        # A fetch that began before the token came may have missed its key. One that failed since has set fetched_at.
+        # Until a fetch that began after the token came has ended, or one has failed since: both move fetched_at on.
         while kid not in self.keys and self.fetched_at <= arrived:
             await self.refresh_keys()
         if kid in self.keys:
@@ -840,7 +840,7 @@ def read_origin(name: str, url: str) -> str:
 # --- The application: the pool, the schema, and the layers -----------------------------------------------------------
 
 STARTUP_TIMEOUT = 3.0  # seconds that a start waits for the schema; then it serves, and answers 503 until it is applied
-SHUTDOWN_TIMEOUT = 5.0  # seconds for connections to close; with SHUTDOWN_GRACE it is 25, and platforms kill after 30
+SHUTDOWN_TIMEOUT = 5.0  # seconds for the pool to close; with SHUTDOWN_GRACE it is 25, and platforms kill after 30
 
 
 async def ready(request: Request) -> Response:
@@ -975,7 +975,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.refuse(400)
         elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
-        elif self.arriving and self.deadline.cancelled():  # it has no timer yet, as most come in one piece
+        elif self.arriving and self.deadline.cancelled():  # by on_message_begin, as most requests come in one piece
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:

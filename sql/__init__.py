@@ -38,7 +38,7 @@ BOUND = (
 KEY_CONFLICT = " ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
 # What each has exactly once: the table, its owner, a verb, a word before a table.
 ONCE = (r"\btask\b", r"\buser_id\b", r"\b(SELECT|UPDATE|DELETE|INSERT)\b", r"\b(FROM|INTO|UPDATE|JOIN|USING|TABLE)\b")
-# What none has: OR, comments, quoted names, escapes, a second statement, braces elsewhere, dollar quotes, non-ASCII.
+# What none has: OR, even behind a digit, comments, quoted names, escapes, `;`, braces, dollar quotes, non-ASCII.
 NEVER = r"(?<![a-z_])OR\b|--|/\*|[\"\\;{]|\$[^0-9]|[^ -~]"
 
 
@@ -107,7 +107,7 @@ class Queries:
         return rows[0] if rows else None
 
     async def list_tasks(self, user_id: str, completed: bool | None) -> AsyncIterator[list[Record]]:
-        """Yield the caller's tasks, newest first, in pieces of FIRST_PAGE: all, or those of one `completed`."""
+        """Yield the caller's tasks, newest first, in pieces of FIRST_PAGE: all, or those whose `completed` is this."""
         statement, filters = (LIST_TASKS, ()) if completed is None else (LIST_TASKS_BY_STATUS, (completed,))
         size, after, more = FIRST_PAGE, NEWEST, True
         while more:
@@ -179,7 +179,7 @@ class Queries:
                     return call.rows
                 except Exception as error:
                     # An SQL error has rolled the batch back, so even a write is sent again, alone: if it was in a
-                    # batch, or met a lock. After a ConnectionError (by sending) nobody knows: a read goes once more.
+                    # batch, or met a lock. After Connection.sending's ConnectionError nobody knows: reads go again.
                     send_again = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
                     read_again = isinstance(error, ConnectionError) and may_read_again
                     if not send_again and not read_again:
@@ -194,7 +194,7 @@ class Queries:
         sender.add_done_callback(self.senders.discard)
 
     def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
-        """Give what waits in a queue to another sender, if its sender is slow or ends. A lone call has none there."""
+        """Give what waits in a queue to another sender, if its sender is slow or ends; not that of a lone call."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:
@@ -203,12 +203,12 @@ class Queries:
                 self._start_sender(statement)
 
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
-        """Send calls over one connection, in batches, until none are left, a batch fails, or others need it.
+        """Send calls over one connection, in batches, until none are left, others need it, or one fails (see `done`).
 
         A batch is one message and one transaction, in which the statement is executed for each call with its own $1.
         fetchmany returns all rows in one list, each with the number of its call.
         """
-        connection: Any = None  # a Connection
+        connection: Any = None  # a database.Connection
         try:
             while queue:
                 if len(self.senders) > 1:  # while the database is busy, let more requests come into the batch
