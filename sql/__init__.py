@@ -88,8 +88,7 @@ class Queries:
         self.lone_reads, self.lone_writes = (asyncio.Semaphore(max(1, pool.get_max_size() // 4)) for _ in range(2))
         self.many_senders = pool.get_max_size() // 2  # if there are more, each gives its connection up after a batch
         self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
-        # The keys are (user, task id) of a change, (user, statement) of calls that go alone, and (user, "list"). A key
-        # is there as long as somebody holds its semaphore or waits for it.
+        # By (user, task id), (user, statement of a lone call) or (user, "list"), as long as they are held or awaited.
         self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def make_ready(self) -> None:
@@ -118,16 +117,14 @@ class Queries:
                 yield page[:FIRST_PAGE]  # not the whole page, so that little JSON waits for a slow client
                 del page[:FIRST_PAGE]
 
-    async def create_task(
-        self, user_id: str, key: str | None, request_hash: str | None, values: list[Any]
-    ) -> Record | None:
+    async def create_task(self, user_id: str, key: str | None, digest: str | None, values: list[Any]) -> Record | None:
         """Return a new task, or the one that the key has made; None if that was by another request."""
         for _ in range(3):  # the task of the key may be deleted in between
-            if rows := await self._send(CREATE_TASK, user_id, key, request_hash, *values):
+            if rows := await self._send(CREATE_TASK, user_id, key, digest, *values):
                 return rows[0]
             if key is None:
                 raise Refused  # no row and no key: a trigger has dropped it
-            if rows := await self._send(GET_TASK_BY_KEY, user_id, key, request_hash):
+            if rows := await self._send(GET_TASK_BY_KEY, user_id, key, digest):
                 return rows[0] if rows[0]["same_request"] else None
         raise Unavailable("the task of the key is made and deleted all the time")
 
@@ -147,7 +144,8 @@ class Queries:
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
         # A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
         busy = (user_id, task_id) in self.semaphores
-        async with asyncio.timeout(CALL_TIMEOUT), self.semaphore(user_id, task_id):
+        limit = asyncio.timeout(CALL_TIMEOUT) if busy else nullcontext()  # nobody waits for a free semaphore
+        async with limit, self.semaphore(user_id, task_id):
             rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
             return rows[0] if rows else None  # if there is no such task, or none of these versions
 
@@ -203,11 +201,7 @@ class Queries:
                 self._start_sender(statement)
 
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
-        """Send calls over one connection, in batches, until none are left, others need it, or one fails (see `done`).
-
-        A batch is one message and one transaction, in which the statement is executed for each call with its own $1.
-        fetchmany returns all rows in one list, each with the number of its call.
-        """
+        """Send calls over one connection, in batches, until none are left, others need it, or one fails (`done`)."""
         connection: Any = None  # a database.Connection
         try:
             while queue:
@@ -224,6 +218,7 @@ class Queries:
                 parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
                 seconds = deadline - self.loop.time()
                 async with connection.sending(seconds):
+                    # One message and one transaction, in which the statement is executed for each call with its own $1.
                     rows = await connection.fetchmany(statement, parameters, timeout=seconds)
                 for row in rows:
                     call = batch[row["call"]]
@@ -245,6 +240,10 @@ class Queries:
                     call.done.set_exception(error)
                     call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
-            if connection:  # without the shield, a second cancellation would have asyncpg log a traceback
-                await asyncio.shield(database.release(self.pool, connection))
-            self._hand_over_queue(statement, queue)  # only now, so that others who wait get the connection first
+            if not queue:  # the next call gets a sender at once
+                self._hand_over_queue(statement, queue)
+            if connection:
+                release = database.release(self.pool, connection)
+                # Cancelled twice, a lone call would have asyncpg log a traceback. Nobody cancels a sender.
+                await (release if asyncio.current_task() in self.senders else asyncio.shield(release))
+            self._hand_over_queue(statement, queue)  # after the release: others who wait get the connection first
