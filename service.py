@@ -144,7 +144,7 @@ API: dict[str, dict[str, Handler]] = {
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-HEAD_LIMIT = 65_536  # most bytes of a head, or of a chunk or trailers, that may come before it is complete
+HEAD_LIMIT = 65_536  # most bytes that may come without completing a head, a piece of the body, or the trailers
 HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
 REQUEST_TIMEOUT = 15.0  # seconds from the first to the last byte of a request, and from the connection to its first
 JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
@@ -557,7 +557,7 @@ class Identity:
     async def public_key(self, kid: str | None) -> tuple[Any, list[str]]:
         """Return the issuer's key with an id, and its algorithms; raise PyJWTError, or 503 if the last fetch failed."""
         arrived = time.monotonic()
-        # Until a fetch that began after the token came has ended, or one has failed since: both move fetched_at on.
+        # A fetch that was going on when the token came may be too old: wait for a later one, or for a failure.
         while kid not in self.keys and self.fetched_at <= arrived:
             await self.refresh_keys()
         if kid in self.keys:
@@ -624,7 +624,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and UNDER_API.match(scope["path"]):
-            scope["handling"] = asyncio.current_task()  # for HttpProtocol
+            scope["cancellable"] = asyncio.current_task()  # by HttpProtocol, if the client hangs up
             try:
                 scope["user"] = await self.identity.caller(header(scope, b"authorization") or "")
             except (ApiError, asyncio.CancelledError) as error:
@@ -864,7 +864,7 @@ class Resource:
             response = await handler(Request(scope, receive, send))
         except asyncio.CancelledError as error:
             response = await error_response(Request(scope), error)
-        del scope["handling"]  # HttpProtocol cancels no answer
+        del scope["cancellable"]  # an answer that is being sent is not
         await response(scope, receive, send)
 
 
@@ -957,10 +957,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # a timer would keep all that is left of the connection
         self.deadline.cancel()
         scope: Any = self.cycle.scope if self.cycle and not self.cycle.response_started else {}
-        if "handling" in scope and (scope["method"] in ("GET", "HEAD") or "user" not in scope):
+        if "cancellable" in scope and (scope["method"] in ("GET", "HEAD") or "user" not in scope):
             # It may be a list, or a token with an unknown key, that would wait for seconds, and hold much memory.
             scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx has this status
-            scope["handling"].cancel()
+            scope["cancellable"].cancel()
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
@@ -975,7 +975,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.refuse(400)
         elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
-        elif self.arriving and self.deadline.cancelled():  # by on_message_begin, as most requests come in one piece
+        elif self.arriving and self.deadline.cancelled():  # incomplete after one piece: now it gets a timer
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:

@@ -192,7 +192,7 @@ class Queries:
         sender.add_done_callback(self.senders.discard)
 
     def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
-        """Give what waits in a queue to another sender, if its sender is slow or ends; not that of a lone call."""
+        """Give what waits in a queue to another sender, if its sender is slow or ends. A lone call's is not there."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:
@@ -201,7 +201,7 @@ class Queries:
                 self._start_sender(statement)
 
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
-        """Send calls over one connection, in batches, until none are left, others need it, or one fails (`done`)."""
+        """Send calls over one connection, in batches, until none are left, others need it, or a batch fails."""
         connection: Any = None  # a database.Connection
         try:
             while queue:
@@ -240,10 +240,10 @@ class Queries:
                     call.done.set_exception(error)
                     call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
-            if not queue:  # the next call gets a sender at once
+            if not queue:  # drop it before the release, so that the next call starts a sender at once
                 self._hand_over_queue(statement, queue)
             if connection:
                 release = database.release(self.pool, connection)
-                # Cancelled twice, a lone call would have asyncpg log a traceback. Nobody cancels a sender.
+                # A lone call may be cancelled meanwhile, and asyncpg log a traceback. Nobody cancels a sender.
                 await (release if asyncio.current_task() in self.senders else asyncio.shield(release))
-            self._hand_over_queue(statement, queue)  # after the release: others who wait get the connection first
+            self._hand_over_queue(statement, queue)  # after it, so that others who wait get the connection first

@@ -1,6 +1,6 @@
 -- Converts the table of another program into that of schema.sql, but for the indexes. There are two such programs:
 --   the FastAPI + SQLModel backend: integer ids, timestamps without a zone that hold UTC, no keys;
---   version 1.0: its idempotency_key has the key, a space and the hash, and limits of time that are a microsecond wider.
+--   version 1.0: idempotency_key has the key, a space and the hash; the limits of times are a microsecond wider.
 -- Applied only where `task` has no column request_hash, in the transaction of schema.sql and before it. The primary key
 -- stays as it is, since other tables may refer to it.
 

@@ -116,6 +116,7 @@ def read_url(url: str) -> dict[str, Any]:
             query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
         timeout = query.get("connect_timeout", "10")
         parts = parts._replace(scheme=parts.scheme.partition("+")[0], query=urlencode(query))
+        # Ask asyncpg's own parser, which has many arguments besides the URL.
         unset = dict.fromkeys(inspect.signature(parse_dsn).parameters)
         addresses, parameters = parse_dsn(**unset | {"dsn": parts.geturl()})
         ports = [address[1] for address in addresses if isinstance(address, tuple)]

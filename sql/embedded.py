@@ -37,7 +37,7 @@ def development_settings(*, start: bool) -> dict[str, str]:
         file.write_text(secrets.token_urlsafe(32))
     given = os.environ.get("BETTER_AUTH_SECRET", "")
     secret = given if given.strip() else file.read_text()
-    url = start_postgres(FOLDER) if start else "postgresql://"
+    url = start_postgres(FOLDER) if start else "postgresql://"  # `token` opens no connection
     return {"DATABASE_URL": url, "BETTER_AUTH_SECRET": secret, "HOST": "127.0.0.1"}
 
 
