@@ -7,6 +7,7 @@ import logging
 import re
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -39,13 +40,13 @@ def format_timestamp(timestamp: int) -> str:
     return f"{(EPOCH + MICROSECOND * timestamp).isoformat()}+00:00"
 
 
-def parse_timestamp(time: str) -> int | None:
+def parse_timestamp(text: str) -> int | None:
     """Return the timestamp that clients see as this text, or None unless `format_timestamp` would write it so."""
-    if len(time) not in (25, 32):  # an exception for each of a thousand tags would take milliseconds
+    if len(text) not in (25, 32):  # an exception for each of a thousand tags would take milliseconds
         return None
     with contextlib.suppress(ValueError, TypeError):  # no time, or one of another zone
-        timestamp = (datetime.fromisoformat(time.removesuffix("+00:00")) - EPOCH) // MICROSECOND
-        if time == format_timestamp(timestamp):
+        timestamp = (datetime.fromisoformat(text.removesuffix("+00:00")) - EPOCH) // MICROSECOND
+        if text == format_timestamp(timestamp):
             return timestamp
     return None
 
@@ -278,14 +279,13 @@ async def migrate(**arguments: Any) -> None:
     While others hold locks of the table, it tries again for a minute.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Ctrl-C may leave a connection that nobody waits for
-    tries_left = 60
+    deadline = time.monotonic() + 60
     async with create_pool(**arguments) as pool:
         while True:
             try:
                 return await apply_schema(pool)
             except Unavailable as error:
-                tries_left -= 1
-                if not tries_left or not str(error).startswith("LockNotAvailableError"):
+                if time.monotonic() > deadline or not str(error).startswith("LockNotAvailableError"):
                     sys.exit(f"The schema was not applied: {error}")
             await asyncio.sleep(1)
 
