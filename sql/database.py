@@ -103,6 +103,12 @@ OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cach
             "channel_binding", "gssencmode"}  # fmt: skip
 
 
+def parse(dsn: str) -> tuple[list[Any], Any]:
+    """Return the addresses and the parameters that asyncpg reads in a URL, by its own parser."""
+    unset = dict.fromkeys(inspect.signature(parse_dsn).parameters)  # it has many arguments besides the URL
+    return parse_dsn(**unset | {"dsn": dsn})  # type: ignore[no-any-return]
+
+
 def read_url(url: str) -> dict[str, Any]:
     """Return the arguments of `create_pool` from a URL as providers write it; `ignored` are keys left out.
 
@@ -115,11 +121,9 @@ def read_url(url: str) -> dict[str, Any]:
             query.setdefault("sslmode", {"true": "require", "false": "disable"}.get(query["ssl"], query["ssl"]))
         if query.get("sslmode", "").startswith("verify") and query.get("sslrootcert", "system") == "system":
             query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
-        timeout = query.get("connect_timeout", "10")
         parts = parts._replace(scheme=parts.scheme.partition("+")[0], query=urlencode(query))
-        # Ask asyncpg's own parser, which has many arguments besides the URL.
-        unset = dict.fromkeys(inspect.signature(parse_dsn).parameters)
-        addresses, parameters = parse_dsn(**unset | {"dsn": parts.geturl()})
+        addresses, parameters = parse(parts.geturl())
+        timeout = query.get("connect_timeout", "10" if len(addresses) == 1 else "2")  # seconds for each
         ports = [address[1] for address in addresses if isinstance(address, tuple)]
         # asyncpg would take a part of a password with an unescaped @, / or ? for the host.
         well_formed = re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
@@ -157,22 +161,34 @@ def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
 
 
 async def connect(*arguments: Any, **options: Any) -> "Connection":
-    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users.
+    """Open a connection to the first host of a URL that is as its target_session_attrs say. Raise Unavailable.
 
-    Raise Unavailable, whatever the reason.
+    Each host has the timeout for itself: asyncpg has one for all together, and a silent host would hide the others.
     """
+    addresses, parameters = parse(*arguments)
+    attribute = parameters.target_session_attrs.value
+    failures = []
+    for wanted in ("standby", "any") if attribute == "prefer-standby" else (attribute,):
+        for address in addresses:
+            host, port = (address, 5432) if isinstance(address, str) else address  # the path of a socket is complete
+            try:
+                return await connect_to_host(*arguments, **options, host=host, port=port, target_session_attrs=wanted)
+            except Exception as error:
+                failures.append(reason(error))
+    raise Unavailable("; ".join(dict.fromkeys(failures)))
+
+
+async def connect_to_host(*arguments: Any, **options: Any) -> "Connection":
+    """Open a connection that waits for no lock longer than LOCK_TIMEOUT, and plans a statement once for all users."""
     # These are startup parameters, as what is SET in a session leaks to others through a pooler.
     settings = {"lock_timeout": LOCK_TIMEOUT, "plan_cache_mode": "force_generic_plan"}
     try:
-        try:
-            connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
-        except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):
-            # PgBouncer takes no such parameters, and PostgreSQL 11 has no plan_cache_mode.
-            options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
-            connection = await asyncpg.connect(*arguments, **options)
-        await connection.prepare_session()
-    except Exception as error:
-        raise Unavailable(reason(error)) from None
+        connection: Connection = await asyncpg.connect(*arguments, **options, server_settings=settings)
+    except (asyncpg.ProtocolViolationError, asyncpg.UndefinedObjectError):
+        # PgBouncer takes no such parameters, and PostgreSQL 11 has no plan_cache_mode.
+        options["statement_cache_size"] = 0  # a pooler may give each transaction another connection of the server
+        connection = await asyncpg.connect(*arguments, **options)
+    await connection.prepare_session()
     return connection
 
 

@@ -89,6 +89,25 @@ def test_of_several_hosts_the_one_that_can_be_written_to_is_used(
     assert_works(service)
 
 
+@pytest.mark.parametrize("attribute", ["any", "read-write", "prefer-standby"])
+def test_a_host_that_says_nothing_is_passed_over(
+    attribute: str, database_url: str, start_service: StartService
+) -> None:
+    """As one whose machine has died: the time for it must leave some for the host that has taken its place."""
+    user, _, host = urlsplit(database_url).netloc.rpartition("@")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel takes its connections, and nobody answers
+        hosts = f"{user}@127.0.0.1:{silent.getsockname()[1]},{host}"
+        service = start_service(f"postgresql://{hosts}{urlsplit(database_url).path}?target_session_attrs={attribute}")
+        assert_works(service)
+
+
+def test_of_hosts_that_all_fail_each_has_its_reason_in_the_log(start_service: StartService) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hosts = f"127.0.0.1:{held_port()},127.0.0.1:{silent.getsockname()[1]}"
+        service = start_service(f"postgresql://postgres@{hosts}/postgres?connect_timeout=1", wait=False)
+        assert_waits(service, "ConnectionRefusedError.*; TimeoutError")
+
+
 def test_a_host_that_cannot_be_written_to_is_passed_over(
     postgres: Postgres, database: str, start_service: StartService
 ) -> None:
