@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import os
 import re
 import ssl
 import sys
@@ -149,6 +150,9 @@ CALL_TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
 SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
+
+# uvloop looks names up in half of these threads, by default in two, which lookups of the issuer may occupy for long.
+os.environ.setdefault("UV_THREADPOOL_SIZE", "16")
 
 
 def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:

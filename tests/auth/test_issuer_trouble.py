@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import os
 import re
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.support.database import terminate
+from tests.support.fixtures import StartService
 from tests.support.issuer import (
     BY_DEFAULT,
     ENCRYPTION,
@@ -263,6 +268,27 @@ def check_slowness(issuer: Issuer, service: Service, others: list[str]) -> None:
         for answer in waiting:
             answer.result(10)
     assert issuer.most_at_once == 1
+
+
+def test_a_name_server_that_never_tells_the_issuers_address_keeps_nobody_from_the_database(
+    database: str, start_service: StartService, tmp_path: Path
+) -> None:
+    """Nothing ends such a lookup, and those of the database's name are made in the same threads."""
+    aliases = tmp_path / "aliases"
+    os.mkfifo(aliases)  # glibc reads this file first for a name without a dot, and waits for somebody who writes to it
+    service = start_service(
+        database.replace("127.0.0.1", "localhost"),
+        JWKS_URL="http://issuer/keys",
+        HOSTALIASES=str(aliases),
+        constants=HASTY | {"service.KEYS_TIMEOUT": 0.1},
+    )
+    with service.client() as client:
+        for _ in range(6):
+            assert_no_keys(ask_with(client, STRANGER.sign({"sub": "somebody"})))
+        assert "no keys could be fetched: TimeoutError" in service.log
+        terminate(database)
+        assert ask_with(client, token(new_user())).json() == {"items": []}
+    service.stop(signal.SIGKILL)  # the lookups would delay another stop
 
 
 def test_who_hangs_up_waits_for_the_issuer_no_longer_and_ends_no_fetch_that_others_wait_for(database: str) -> None:
