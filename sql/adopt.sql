@@ -37,9 +37,13 @@ DECLARE
 BEGIN
     IF EXISTS (
         SELECT FROM pg_attribute
+        JOIN (VALUES ('id', 'bigint'), ('user_id', 'text'), ('title', 'text'), ('description', 'text'),
+            ('completed', 'boolean'), ('created_at', 'timestamp with time zone'),
+            ('updated_at', 'timestamp with time zone')) AS ours (name, type) ON attname = name
         WHERE attrelid = to_regclass('task')
-          AND (attname = 'id' AND atttypid = 'integer'::regtype
-            OR attname IN ('created_at', 'updated_at') AND atttypid = 'timestamp'::regtype)
+          AND (format_type(atttypid, atttypmod) <> type
+            OR NOT attnotnull AND name <> 'description'
+            OR NOT atthasdef AND name IN ('completed', 'created_at', 'updated_at'))
     ) THEN
         ALTER TABLE task
             ALTER COLUMN id          TYPE bigint,
