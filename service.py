@@ -248,11 +248,13 @@ def task_id_errors(request: Request) -> dict[str, str]:
 
 
 def task_id_of(request: Request) -> int:
-    """Return the id in the path, or 0, which no task has, if it does not fit PostgreSQL's bigint; raise 422."""
+    """Return the id in the path; raise 422 if it is no integer, 404 if it does not fit PostgreSQL's bigint."""
     if errors := task_id_errors(request):
         raise ApiError(422, errors=errors)
     digits = request.path_params["task_id"].lstrip("0") or "0"  # perhaps more than int() is willing to read
-    return int(digits) if len(digits) < 20 and int(digits) < 2**63 else 0
+    if len(digits) > 19 or int(digits) >= 2**63:
+        raise ApiError(404)
+    return int(digits)
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -293,6 +293,7 @@ def test_a_row_that_breaks_the_rules_can_be_used_by_its_owner(adopted: Service, 
         assert task["completed"] is False
         assert_times(task)
         assert owner.get(path).json() == task
+        assert owner.get(f"/api/tasks/{2**64}").status_code == 404  # not the one with the id zero
         assert owner.put(path, json={}).json() == task
 
         done = owner.patch(f"{path}/complete")
