@@ -283,6 +283,23 @@ def broken_off_heads(service: Service, divisor: int) -> str:
         return str(memory)
 
 
+def lines_at_once(service: Service, divisor: int) -> str:
+    content = b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 16_000
+    with contextlib.ExitStack() as stack, Memory(service.process.pid) as memory:
+        connections = [stack.enter_context(connect(service.port)) for _ in range(300 // divisor)]
+        for connection in connections:
+            connection.sendall(content)
+        for connection in connections:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 431 ")
+        return str(memory)
+
+
+def parameters_at_once(service: Service, divisor: int) -> str:
+    fill(service, "many", 1000, SMALL)
+    query = "&".join(f"{number:x}" for number in range(13_000))
+    return at_once(service, [(request(f"{LIST}?{query}", "many")[:-1], b"\n")] * (300 // divisor))
+
+
 def lists_left_alone(service: Service, divisor: int) -> str:
     fill(service, "many", 8000, WIDE)
     fields = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 3000) for number in range(20))
@@ -393,6 +410,8 @@ ATTACKS = [
     Attack("60 lists of 3,000 tasks of emoji that nobody reads", "at most +150 MB", unread_emoji),
     Attack("500 lists of 3,000 large tasks, broken off one after the other", "at most +150 MB", broken_off_lists),
     Attack("5,000 heads of 60 KB, broken off one after the other", "at most +30 MB", broken_off_heads),
+    Attack("300 heads of 16,000 lines, at once", "at most +30 MB", lines_at_once),
+    Attack("300 lists with 13,000 parameters each, at once, by one user", "at most +100 MB", parameters_at_once),
     Attack("6,000 lists by one user on 20 connections, reset while they wait", "at most +60 MB", lists_left_alone),
     Attack("500 HEADs of a list of 3,000 large tasks at once, by one user", "at most +150 MB", heads_of_lists),
     Attack("300 bodies of 64 KB of fields that nobody knows, at once", "at most +150 MB", bodies_at_once),

@@ -19,15 +19,15 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service import HttpProtocol
+from service import HEAD_LINES, HttpProtocol
 from tests.support.service_process import ROOT
 from tests.support.waiting import wait_in_loop_until
 
 # --- uvicorn ---------------------------------------------------------------------------------------------------------
 
 OVERRIDDEN = {
-    "connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete", "on_body",
-    "on_message_complete",
+    "connection_made", "connection_lost", "data_received", "on_message_begin", "on_header", "on_headers_complete",
+    "on_body", "on_message_complete",
 }  # fmt: skip
 USED = {
     "self": {"parser", "loop", "transport", "cycle", "headers", "url", "_unset_keepalive_if_required"},
@@ -106,5 +106,30 @@ def test_a_connection_that_is_lost_is_forgotten_at_once(moment: str) -> None:
             await wait_in_loop_until(lambda: not state.connections)
             gc.collect()
             assert protocol() is None
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("start", ["GET / HTTP/1.1\r\n", "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"])
+def test_of_thousands_of_lines_in_one_packet_only_the_first_are_kept(start: str) -> None:
+    """The others would take 25 times the size in which they came."""
+
+    async def app(scope: object, receive: object, send: object) -> None: ...
+
+    async def check() -> None:
+        config, protocols = Config(app, log_config=None, http=HttpProtocol), []
+        config.load()
+
+        def new_protocol() -> HttpProtocol:
+            protocols.append(HttpProtocol(config, ServerState(), {}))
+            return protocols[-1]
+
+        async with await asyncio.get_running_loop().create_server(new_protocol, "127.0.0.1", 0) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(start.encode() + b"a:\r\n" * 15_000)
+            await reader.read()
+            writer.close()
+        [protocol] = protocols
+        assert len(protocol.headers) == HEAD_LINES + 1
 
     asyncio.run(check())
