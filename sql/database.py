@@ -154,6 +154,9 @@ SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 # uvloop looks names up in half of these threads, by default in two, which lookups of the issuer may occupy for long.
 os.environ.setdefault("UV_THREADPOOL_SIZE", "16")
 
+# asyncpg looks for certificates in the home directory, and fails if it may not enter that.
+if not os.access(os.environ.get("HOME", "/"), os.X_OK):
+    os.environ["HOME"] = os.devnull
 
 def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
     """Return a pool that opens connections as calls need them, so that a process starts without the database."""

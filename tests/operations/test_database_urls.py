@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import socket
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_of_several_hosts_the_one_that_can_be_written_to_is_used(
     user, _, host = urlsplit(database_url).netloc.rpartition("@")
     hosts = f"{user}@127.0.0.1:{held_port()},{host}"
     service = start_service(f"postgresql://{hosts}{urlsplit(database_url).path}?target_session_attrs=read-write")
+    assert_works(service)
+
+
+def test_a_home_that_may_not_be_entered_does_no_harm(
+    database_url: str, start_service: StartService, tmp_path: Path
+) -> None:
+    """As where systemd's ProtectHome is on. asyncpg looks there for certificates."""
+    (tmp_path / "home").mkdir(mode=0)
+    as_others = "setpriv --bounding-set -dac_override,-dac_read_search" if os.geteuid() == 0 else ""
+    service = start_service(f"{database_url}?sslmode=prefer", launcher=as_others, HOME=str(tmp_path / "home"))
     assert_works(service)
 
 
