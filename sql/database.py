@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import re
+import socket
 import ssl
 import sys
 import time
@@ -209,6 +210,14 @@ class Connection(asyncpg.Connection):
         return ""
 
     async def prepare_session(self) -> None:
+        tcp = self._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # not in stubs
+        if tcp.family != socket.AF_UNIX and hasattr(socket, "TCP_KEEPIDLE"):
+            # While a large table is converted, nothing else would tell that the server's machine has died, and a router
+            # may forget a connection that is silent. So Linux asks, and ends the connection after a minute of silence.
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)  # seconds
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         try:
             self.sets_lock_timeout = await self.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
             # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import psycopg
 import psycopg.sql
+import pytest
 
 from sql.database import read_url
 from tests.support.fixtures import StartService
@@ -118,3 +123,20 @@ def test_the_pool_opens_no_more_connections_than_it_may(database_url: str, start
         assert len(backends) == 3
         lock.rollback()
         assert [answer.result().status_code for answer in answers] == [status for *_, status in requests]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the timers of a connection are asked of /proc")
+def test_the_kernel_asks_the_database_whether_it_is_still_there(database_url: str, start_service: StartService) -> None:
+    """A machine that dies says nothing, and whoever waits for its answer sends nothing."""
+    service = start_service(database_url)
+    service.wait_until_ready()
+    database_port = urlsplit(database_url).port
+
+    def timers() -> set[str]:
+        """Return the kinds of the timers that the kernel has for the connections of the service to the database."""
+        connections = psutil.Process(service.process.pid).net_connections("tcp4")
+        ports = {f"{each.laddr.port:04X}" for each in connections if each.raddr and each.raddr.port == database_port}
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return {timer[:2] for _, address, _, _, _, timer, *_ in lines if address.rpartition(":")[2] in ports}
+
+    wait_until(lambda: timers() == {"02"}, 2, lambda: f"{timers()}")  # 02 is that of keep-alive, 00 is none
