@@ -643,8 +643,7 @@ DOCS_CACHE = {"Cache-Control": "public, max-age=86400"}
 DOCS_SCRIPT = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#page", deepLinking: true})'
 read_once = functools.cache(Path.read_bytes)  # so that all answers share the content of a file
 
-# The pages ask nobody but this server (ReDoc would fetch its logo from elsewhere), and nobody may frame them. Both
-# write styles into the page, and have images or fonts as data.
+# ReDoc would fetch its logo from elsewhere. Both pages write styles into themselves, and have images or fonts as data.
 DOCS_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -652,13 +651,12 @@ DOCS_POLICY = (
 
 
 def docs_page(body: str) -> Response:
-    html = f"""<!doctype html>
-<html lang="en">
+    html = f"""<!doctype html><html lang="en">
 <title>{TITLE}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="/docs/swagger_style.css">
-<body style="margin: 0">{body}"""
+<body style="margin: 0"><div id=page></div>{body}"""
     return HTMLResponse(html, headers={"Content-Security-Policy": DOCS_POLICY})
 
 
@@ -667,8 +665,7 @@ async def docs_file(request: Request) -> Response:
     return Response(read_once(DOCS_FOLDER / name), headers=DOCS_CACHE, media_type=DOCS_FILES[name])
 
 
-# What each handler answers and takes: the status and the schema of its success, the schema of the body, the parameters,
-# and the statuses beside those that all have.
+# Of each handler: the status and schema of its success, the schema of its body, its parameters, its other statuses.
 OPERATIONS: dict[Handler, tuple[int, str | None, str | None, list[str], set[int]]] = {
     list_tasks: (200, "TaskList", None, ["status", "If-None-Match"], {304}),
     create_task: (201, "Task", "NewTask", ["Idempotency-Key"], {400, 413, 415}),
@@ -765,9 +762,7 @@ STATIC: dict[str, Response] = {
     "/": JSONResponse(OPENAPI["info"] | {"docs_url": "/docs", "redoc_url": "/redoc", "openapi_url": "/openapi.json"}),
     "/health": JSONResponse({"status": "ok", "version": VERSION}),  # a restart would not mend the database
     "/openapi.json": JSONResponse(OPENAPI),
-    "/docs": docs_page(
-        "<div id=page></div><script src=/docs/swagger_bundle.js></script><script src=/docs/page.js></script>"
-    ),
+    "/docs": docs_page("<script src=/docs/swagger_bundle.js></script><script src=/docs/page.js></script>"),
     "/docs/page.js": Response(DOCS_SCRIPT, headers=DOCS_CACHE, media_type="text/javascript"),
     "/redoc": docs_page(
         "<redoc spec-url=/openapi.json disable-telemetry=true></redoc><script type=module src=/docs/redoc.js></script>"
@@ -779,7 +774,7 @@ STATIC: dict[str, Response] = {
 SECRET_LENGTH = 32  # characters; an HS256 key shorter than its 256-bit hash weakens it (RFC 7518, section 3.2)
 CORS_DEFAULT = "http://localhost:3000,http://127.0.0.1:3000,http://localhost:5173"
 # A URL; the groups are its scheme, its host and perhaps its port.
-ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://(?:[^\s/?#@*:\[\]]+|\[[0-9a-f:.]+\]))(:[0-9]{1,5})?(?:[/?#]\S*)?")
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\]))(:[1-9][0-9]{0,4})?(?:[/?#]\S*)?")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -792,7 +787,6 @@ class Settings:
             raise ValueError("DATABASE_URL is not set: give it a postgresql:// URL, or start with `uv run service.py`.")
         self.database = read_url(given["DATABASE_URL"])  # the arguments of create_pool
         self.database["max_size"] = whole_number(given, "DATABASE_POOL_SIZE", default=8, most=1000)
-
         if not {"BETTER_AUTH_URL", "JWKS_URL", "BETTER_AUTH_SECRET"} & given.keys():
             raise ValueError("BETTER_AUTH_URL is not set: it or BETTER_AUTH_SECRET must say whose tokens to accept.")
         self.secrets: list[bytes] = []  # of HS256 tokens, the one for new tokens first
@@ -805,7 +799,6 @@ class Settings:
         self.better_auth = origins.get("BETTER_AUTH_URL")  # the `iss` and `aud` of its tokens; JWKS_URL is only checked
         self.jwks_url = given.get("JWKS_URL", f"{self.better_auth}/api/auth/jwks" if self.better_auth else "").strip()
         self.audience, self.issuer = given.get("JWT_AUDIENCE"), given.get("JWT_ISSUER")
-
         cors_origins = given.get("CORS_ORIGINS", CORS_DEFAULT).split(",")
         self.cors_origins = [read_origin("CORS_ORIGINS", url) for url in cors_origins if url.strip()]
         self.host = given.get("HOST", "127.0.0.1")
@@ -981,17 +974,17 @@ class HttpProtocol(HttpToolsProtocol):
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        if len(self.headers) > HEAD_LINES:
-            raise ValueError("the head or the trailers have too many lines")
-
         if self.cycle and not self.cycle.response_complete:
             raise ValueError("bytes have come before the answer")  # httptools makes an HttpParserError of it
         super().on_message_begin()
         self._unset_keepalive_if_required()  # the connection is not idle
         self.deadline.cancel()  # that of the connection, if it is the first; each request has one of its own
         self.cycle, self.arriving = None, True  # type: ignore[assignment]  # the cycle begins when the head is complete
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > HEAD_LINES:
+            raise ValueError("the head or the trailers have too many lines")
 
     def on_headers_complete(self) -> None:
         if self.size > HEAD_LIMIT:  # which may include the beginning of the body: count the head alone

@@ -128,7 +128,7 @@ def read_url(url: str) -> dict[str, Any]:
         timeout = query.get("connect_timeout", "10" if len(addresses) == 1 else "2")  # seconds for each
         ports = [address[1] for address in addresses if isinstance(address, tuple)]
         # asyncpg would take a part of a password with an unescaped @, / or ? for the host.
-        well_formed = re.fullmatch("[^/]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
+        well_formed = re.fullmatch("[^/@]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
         if not well_formed or not all(0 < port < 65_536 for port in ports):
             raise ValueError
     except Exception:  # whose text may hold the password
@@ -154,10 +154,10 @@ SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 
 # uvloop looks names up in half of these threads, by default in two, which lookups of the issuer may occupy for long.
 os.environ.setdefault("UV_THREADPOOL_SIZE", "16")
-
 # asyncpg looks for certificates in the home directory, and fails if it may not enter that.
 if not os.access(os.environ.get("HOME", "/"), os.X_OK):
     os.environ["HOME"] = os.devnull
+
 
 def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
     """Return a pool that opens connections as calls need them, so that a process starts without the database."""

@@ -41,6 +41,7 @@ BAD_URLS = {
     "5432# in the password": ("postgresql://user:5432#hunter@127.0.0.1/db", ["escaped"]),
     "5432? in the password": ("postgresql://user:5432?hunter@127.0.0.1/db", ["escaped"]),
     "@ and ? in the password": ("postgresql://user:hunter@127.0.0.1?swordfish=1@127.0.0.1/db", ["escaped"]),
+    "? in the password, and no // before it": ("postgresql:user:hunter?swordfish@127.0.0.1//db?x=y", ["escaped"]),
     "a port of letters": (URL.replace(":1/", ":hunter/"), []),
     "a port of 0": (URL.replace(":1/", ":0/"), []),
     "a port beyond 65535": (URL.replace(":1/", ":65536/"), ["port"]),
@@ -59,6 +60,9 @@ BAD_ORIGINS = {
     "any": ("*", ["*"]),
     "any among others": ("https://app.example.com, *", ["*"]),
     "no scheme": ("app.example.com", ["https://app.example.com"]),
+    # Browsers send the host as xn--mller-kva.example, and the port without the zero.
+    "letters beyond ASCII": ("https://m\u00fcller.example", ["https://app.example.com"]),
+    "a zero before the port": ("http://localhost:03000", ["https://app.example.com"]),
     "separated by spaces": ("https://a.example.com https://b.example.com", ["https://app.example.com", "commas"]),
 }
 BAD_NUMBERS = [
