@@ -10,7 +10,7 @@ async function call(method, path, { body, ...headers } = {}) {
     const json = response?.headers.get('Content-Type') === 'application/json' // and not a page of a proxy
     if (text != null && response.status < 500) return { status: response.status, json: json ? JSON.parse(text) : text }
     if (attempt === 10) throw new Error('The service cannot be reached')
-    const seconds = response?.headers.get('Retry-After') ?? Math.random() * attempt
+    const seconds = Number(response?.headers.get('Retry-After')) || Math.random() * attempt // it may be a date
     await new Promise((resolve) => setTimeout(resolve, seconds * 1000))
   }
 }
