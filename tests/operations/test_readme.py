@@ -262,7 +262,7 @@ LIMITS = {  # the words of the README, and whether they are true
         program.FIRST_PAGE == 50,
     ],
     "1,000 tasks and 1 MiB": [(program.WHOLE_LIST_TASKS, program.WHOLE_LIST_BYTES + 2) == (1000, 2**20)],
-    "| 5 minutes, by Linux |": [program.UNREAD_TIMEOUT == 300_000],
+    "| 5 minutes, by Linux;": [program.UNREAD_TIMEOUT == 300_000],
     "| 95 s, longer than": [program.KEEP_ALIVE == 95],
     "20 s, and 5 s to close the database connections": [program.SHUTDOWN_GRACE == 20, program.SHUTDOWN_TIMEOUT == 5],
     "every 2 minutes, and for a token with an unknown key, at most every 2 seconds": [
