@@ -89,7 +89,7 @@ def may_succeed_later(error: Exception) -> bool:
 
 
 def classify(error: Exception) -> Exception:
-    """Return the exception to raise for an error: Unavailable, Refused, or the error itself if it is a bug."""
+    """Return the exception to raise for an error: Unavailable, Refused, or itself if it is one of these or a bug."""
     sqlstate = getattr(error, "sqlstate", None) or ""
     if isinstance(error, OSError) or re.fullmatch(TRANSIENT, sqlstate):  # ConnectionError is one, too
         return Unavailable(reason(error))
