@@ -85,7 +85,9 @@ OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creati
 
 def may_succeed_later(error: Exception) -> bool:
     """Return whether an error is of a statement that has done nothing, and may succeed when it is sent again."""
-    return OLD_KEY_INDEX in str(error) or re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
+    if isinstance(error, asyncpg.InvalidCachedStatementError) or OLD_KEY_INDEX in str(error):
+        return True  # a column has another type since the statement was prepared
+    return re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
 
 
 def classify(error: Exception) -> Exception:

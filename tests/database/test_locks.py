@@ -23,6 +23,7 @@ from sql.database import Unavailable
 from tests.support.batches import (
     NEW,
     USERS,
+    Message,
     Spy,
     changes_of,
     failures,
@@ -310,6 +311,27 @@ def test_a_trigger_for_one_user_does_nothing_to_the_writes_of_others(database_ur
             assert isinstance(answers[7], Refused)
             rows = await pool.fetch("SELECT user_id FROM task")
             assert sorted(row[0] for row in rows) == sorted({*USERS[:30]} - {"user-7"})
+
+    asyncio.run(check())
+
+
+class Outdated(Spy):
+    """A connection that fails as asyncpg does if columns get another type each time that it prepares a statement."""
+
+    times: ClassVar[int] = 0
+
+    async def before(self, message: Message) -> None:
+        if Outdated.times:
+            Outdated.times -= 1
+            raise asyncpg.InvalidCachedStatementError("cached statement plan is invalid")
+
+
+def test_a_statement_is_prepared_again_however_often_somebody_alters_its_columns(database_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(database_url, Outdated) as (_, queries):
+            Outdated.times = 3
+            assert await queries.create_task("alice", None, None, NEW) is not None
+            assert len(Spy.sent) == 4
 
     asyncio.run(check())
 
