@@ -6,6 +6,8 @@ import inspect
 import os
 import re
 import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -15,6 +17,7 @@ import pytest
 from asyncpg.connect_utils import _parse_connect_dsn_and_args as parse_dsn  # type: ignore[attr-defined]  # not in stubs
 
 from sql.database import read_url
+from tests.support.database import terminate
 from tests.support.fixtures import StartService
 from tests.support.postgres import Postgres, held_port
 from tests.support.settings import (
@@ -100,16 +103,39 @@ def test_a_home_that_may_not_be_entered_does_no_harm(
     assert_works(service)
 
 
-@pytest.mark.parametrize("attribute", ["any", "read-write", "prefer-standby"])
+@pytest.mark.parametrize(
+    ("attribute", "silent_hosts", "logs_in"),
+    [("any", 1, True), ("read-write", 2, False), ("prefer-standby", 2, True)],
+)
 def test_a_host_that_says_nothing_is_passed_over(
-    attribute: str, database_url: str, start_service: StartService
+    attribute: str, silent_hosts: int, logs_in: bool, database_url: str, start_service: StartService
 ) -> None:
-    """As one whose machine has died: the time for it must leave some for the host that has taken its place."""
+    """As one whose machine has died: the time for it must leave some for the host that has taken its place.
+
+    One that logs in and says no more is like a PgBouncer whose PostgreSQL has died.
+    """
     user, _, host = urlsplit(database_url).netloc.rpartition("@")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel takes its connections, and nobody answers
-        hosts = f"{user}@127.0.0.1:{silent.getsockname()[1]},{host}"
-        service = start_service(f"postgresql://{hosts}{urlsplit(database_url).path}?target_session_attrs={attribute}")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel takes its connections
+        if logs_in:
+            threading.Thread(target=log_in_and_say_no_more, args=[silent], daemon=True).start()
+        hosts = ",".join([f"127.0.0.1:{silent.getsockname()[1]}"] * silent_hosts + [host])
+        query = f"target_session_attrs={attribute}&connect_timeout=10&sslmode=disable"
+        service = start_service(f"postgresql://{user}@{hosts}{urlsplit(database_url).path}?{query}")
         assert_works(service)
+        terminate(database_url)  # a request then has less time for another connection than the start had
+        with service.client("alice") as alice:
+            assert alice.tasks() == []
+
+
+def log_in_and_say_no_more(server: socket.socket) -> None:
+    connections = []
+    with suppress(OSError):  # the server has been closed
+        while True:
+            connection, _ = server.accept()
+            connections.append(connection)
+            connection.recv(4096)  # a startup message
+            # AuthenticationOk, ParameterStatus, ReadyForQuery
+            connection.sendall(b"R\0\0\0\x08\0\0\0\0S\0\0\0\x18server_version\x0016.0\0Z\0\0\0\x05I")
 
 
 def test_of_hosts_that_all_fail_each_has_its_reason_in_the_log(start_service: StartService) -> None:
