@@ -112,6 +112,18 @@ def test_a_body_in_tiny_chunks_is_no_head(alice: Client, raw: Raw) -> None:
     assert raw.answer().status == 201
 
 
+@pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", "Content-Length: 10000000"])
+def test_a_body_is_not_read_on_for_long_after_the_answer(raw: Raw, framing: str) -> None:
+    """To parse chunks of a byte each takes so long that it would delay everybody else."""
+    raw.send("POST /api/tasks", framing)
+    assert raw.answer().status == 401
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < 9_000_000:
+            sent += raw.socket.send(b"1\r\nx\r\n" * 2000)
+    assert sent < 8_000_000
+
+
 def test_trailers_without_end_are_refused(raw: Raw) -> None:
     sent = 0
     raw.send("POST /api/tasks", "Transfer-Encoding: chunked", content=b"0\r\n")
