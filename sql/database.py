@@ -128,7 +128,7 @@ def read_url(url: str) -> dict[str, Any]:
             query["sslrootcert"] = ssl.get_default_verify_paths().cafile or "system"
         parts = parts._replace(scheme=parts.scheme.partition("+")[0], query=urlencode(query))
         addresses, parameters = parse(parts.geturl())
-        timeout = query.get("connect_timeout", "10")
+        timeout = query.get("connect_timeout", f"{CONNECT_TIMEOUT:.0f}")
         ports = [address[1] for address in addresses if isinstance(address, tuple)]
         # asyncpg would take a part of a password with an unescaped @, / or ? for the host.
         well_formed = re.fullmatch("[^/@]*//([^@/?#]*@)?[^@]*", url) and re.fullmatch("[1-9][0-9]{0,2}", timeout)
@@ -152,7 +152,7 @@ def read_url(url: str) -> dict[str, Any]:
 
 CALL_TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
-HOSTS_TIMEOUT = 6.0  # seconds that several hosts get together to take a connection, so that a call can reach the last
+CONNECT_TIMEOUT = 6.0  # seconds that all hosts have together to take a connection, so that a call can reach the last
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
 SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 
@@ -175,15 +175,13 @@ def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
 async def connect(*arguments: Any, **options: Any) -> "Connection":
     """Open a connection to the first host of a URL that is as its target_session_attrs say. Raise Unavailable.
 
-    Each host has a time of its own: asyncpg has one for all together, and a silent host would hide the others.
+    Each host has its share of the time: asyncpg has one time for all, in which a silent host would hide the others.
     """
     addresses, parameters = parse(*arguments)
     attribute = parameters.target_session_attrs.value
     attributes = ("standby", "any") if attribute == "prefer-standby" else (attribute,)
     tries = list(itertools.product(attributes, addresses))
-    seconds = options.pop("timeout", 10)
-    if len(tries) > 1:
-        seconds = min(seconds, HOSTS_TIMEOUT / len(tries))
+    seconds = min(options.pop("timeout", CONNECT_TIMEOUT), CONNECT_TIMEOUT / len(tries))
     failures = []
     for wanted, address in tries:
         host, port = (address, 5432) if isinstance(address, str) else address  # the path of a socket is complete
