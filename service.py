@@ -80,7 +80,7 @@ STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed
 
 async def list_tasks(request: Request) -> Response:
     """List the caller's tasks, newest first."""
-    status = Request(request.scope).query_params.get("status") or "all"  # `request` would keep all that it has parsed
+    status = Request(request.scope).query_params.get("status") or "all"  # parsed apart, as `request` keeps it for long
     if status not in STATUSES:
         raise ApiError(422, errors={"status": f"must be one of {', '.join(STATUSES)}"})
     return response_or_304(request, await list_response(request, STATUSES[status]))

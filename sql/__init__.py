@@ -192,7 +192,7 @@ class Queries:
         sender.add_done_callback(self.senders.discard)
 
     def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
-        """Give what waits in a queue to another sender, if its sender is slow or ends. A lone call's is not there."""
+        """Drop a queue whose sender is slow or ends, and let another one send the rest. A lone call is in no queue."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:

@@ -175,6 +175,7 @@ def create_pool(*, ignored: Sequence[str] = (), **arguments: Any) -> Pool:
 async def connect(*arguments: Any, **options: Any) -> "Connection":
     """Open a connection to the first host of a URL that is as its target_session_attrs say. Raise Unavailable.
 
+    asyncpg's pool calls this, with the URL as its one positional argument.
     Each host has its share of the time: asyncpg has one time for all, in which a silent host would hide the others.
     """
     addresses, parameters = parse(*arguments)
