@@ -76,7 +76,7 @@ LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncp
 # SQLSTATEs (PostgreSQL, Appendix A) of what passes by itself, or when somebody has mended the database.
 TRANSIENT = (
     "(08|25|28|3D|40|53|55|57|58)..."
-    "|42P01|42703|42501|42P10"  # the table, a column, grants or the index for keys are missing, as during a restore
+    "|42P01|42501|42P10"  # the table, its grants or its index for keys are not there, as while a backup is restored
     "|26000|42P05"  # a prepared statement is not there, or is already, as through a pooler
 )
 INVALID = "(22|23)...|P0001"  # the database cannot take a value, a constraint forbids it, or a trigger rejects it

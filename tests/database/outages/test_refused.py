@@ -131,17 +131,6 @@ def test_a_table_that_is_dropped_is_a_503_until_it_is_restored(service: Service,
     assert_healed(service, alice, [task])
 
 
-def test_a_column_that_is_renamed_is_a_503_until_it_is_back(service: Service, url: str, alice: Client) -> None:
-    """SQLSTATE 42703."""
-    task = alice.create()
-    execute(url, "ALTER TABLE task RENAME description TO details")
-    try:
-        assert_all_unavailable(service, alice, "UndefinedColumnError")
-    finally:
-        execute(url, "ALTER TABLE task RENAME details TO description")
-    assert_healed(service, alice, [task])
-
-
 def test_an_index_that_a_restore_has_not_made_yet_is_a_503(service: Service, url: str, alice: Client) -> None:
     """SQLSTATE 42P10: pg_restore makes indexes after the rows."""
     [(made,)] = execute(url, "SELECT pg_get_indexdef('task_idempotency_key_idx'::regclass)")
