@@ -144,7 +144,7 @@ API: dict[str, dict[str, Handler]] = {
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-HEAD_LIMIT = 65_536  # most bytes of a head, of trailers, between two pieces of a body, and of a body after the answer
+HEAD_LIMIT = 65_536  # most bytes of a head, of trailers, between two pieces of a body, or all those after the answer
 HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
 REQUEST_TIMEOUT = 15.0  # seconds from the first to the last byte of a request, and from the connection to its first
 JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
@@ -942,7 +942,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.is_closing = transport.is_closing  # uvicorn calls transport.is_closing()
         self.written: list[bytes] = []  # pieces that uvicorn has written and this class has not sent yet
         self.arriving = False  # whether a request has begun and is not complete
-        self.size = 0  # bytes since the last complete head or piece of a body, or since the answer
+        self.size = 0  # bytes since the last complete head or piece of a body, or between the pieces after the answer
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
@@ -997,7 +997,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        self.size = self.size if self.cycle.response_complete else 0
+        self.size = self.size - len(body) if self.cycle.response_complete else 0
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
