@@ -86,8 +86,10 @@ OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creati
 
 def may_succeed_later(error: Exception) -> bool:
     """Return whether an error is of a statement that has done nothing, and may succeed when it is sent again."""
-    if isinstance(error, asyncpg.InvalidCachedStatementError) or OLD_KEY_INDEX in str(error):
+    if isinstance(error, asyncpg.InvalidCachedStatementError):
         return True  # a column has another type since the statement was prepared
+    if OLD_KEY_INDEX in (getattr(error, "constraint_name", None) or ""):  # Citus puts a number behind it
+        return True
     return re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
 
 
