@@ -1001,7 +1001,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self.arriving = False
+        self.arriving, self.size = False, 0
         self.deadline.cancel()
         self.cycle.keep_alive &= self.parser.should_keep_alive()  # a trailer may have changed it
         if self.cycle.response_complete and not self.cycle.keep_alive:
