@@ -137,6 +137,10 @@ def test_the_kernel_asks_the_database_whether_it_is_still_there(database_url: st
         connections = psutil.Process(service.process.pid).net_connections("tcp4")
         ports = {f"{each.laddr.port:04X}" for each in connections if each.raddr and each.raddr.port == database_port}
         lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
-        return {timer[:2] for _, address, _, _, _, timer, *_ in lines if address.rpartition(":")[2] in ports}
+        return {
+            timer[:2]
+            for _, here, there, state, _, timer, *_ in lines
+            if state == "01" and here[-4:] in ports and there[-4:] == f"{database_port:04X}"
+        }
 
-    wait_until(lambda: timers() == {"02"}, 2, lambda: f"{timers()}")  # 02 is that of keep-alive, 00 is none
+    wait_until(lambda: timers() == {"02"}, 2, lambda: f"{timers()}")  # keep-alive; 00 is none
