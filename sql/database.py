@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import itertools
 import logging
@@ -110,6 +111,7 @@ OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cach
             "channel_binding", "gssencmode"}  # fmt: skip
 
 
+@functools.cache  # to read the certificates of all authorities takes 20 ms
 def parse(dsn: str) -> tuple[list[Any], Any]:
     """Return the addresses and the parameters that asyncpg reads in a URL, by its own parser."""
     unset = dict.fromkeys(inspect.signature(parse_dsn).parameters)  # it has many arguments besides the URL
@@ -181,6 +183,8 @@ async def connect(*arguments: Any, **options: Any) -> "Connection":
     Each host has its share of the time: asyncpg has one time for all, in which a silent host would hide the others.
     """
     addresses, parameters = parse(*arguments)
+    if parameters.sslmode.name.startswith(("require", "verify")):
+        options["ssl"] = parameters.ssl  # or asyncpg would read the certificates again
     attribute = parameters.target_session_attrs.value
     attributes = ("standby", "any") if attribute == "prefer-standby" else (attribute,)
     tries = list(itertools.product(attributes, addresses))
