@@ -111,9 +111,9 @@ OUR_KEYS = {"ssl", "pgbouncer", "statement_cache_size", "prepared_statement_cach
             "channel_binding", "gssencmode"}  # fmt: skip
 
 
-@functools.cache  # to read the certificates of all authorities takes 20 ms
-def parse(dsn: str) -> tuple[list[Any], Any]:
-    """Return the addresses and the parameters that asyncpg reads in a URL, by its own parser."""
+@functools.lru_cache(maxsize=4)  # to read the certificates of all authorities takes 20 ms
+def parse(dsn: str, minute: int = 0) -> tuple[list[Any], Any]:
+    """Return the addresses and the parameters that asyncpg's own parser reads in a URL, once in each minute."""
     unset = dict.fromkeys(inspect.signature(parse_dsn).parameters)  # it has many arguments besides the URL
     return parse_dsn(**unset | {"dsn": dsn})  # type: ignore[no-any-return]
 
@@ -182,7 +182,7 @@ async def connect(*arguments: Any, **options: Any) -> "Connection":
     asyncpg's pool calls this, with the URL as its one positional argument.
     Each host has its share of the time: asyncpg has one time for all, in which a silent host would hide the others.
     """
-    addresses, parameters = parse(*arguments)
+    addresses, parameters = parse(*arguments, int(time.monotonic() / 60))  # certificates may have been renewed
     if parameters.sslmode.name.startswith(("require", "verify")):
         options["ssl"] = parameters.ssl  # or asyncpg would read the certificates again
     attribute = parameters.target_session_attrs.value
