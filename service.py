@@ -336,7 +336,7 @@ class ApiError(HTTPException):
 
 async def error_response(request: Request, error: BaseException) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
-    if isinstance(error, Unavailable | TimeoutError):
+    if isinstance(error, Unavailable | OSError):  # TimeoutError is one; no descriptor may be free to open a file
         request.scope["error"] = reason(error)
         error = ApiError(503)
     elif isinstance(error, Refused):
@@ -904,7 +904,7 @@ def create_app(settings: Settings) -> ASGIApp:
         routes=ROUTES,
         middleware=[Middleware(Authentication, identity=identity)],
         exception_handlers=dict.fromkeys(
-            (HTTPException, Unavailable, TimeoutError, Refused, ClientDisconnect, Exception), error_response
+            (HTTPException, Unavailable, OSError, Refused, ClientDisconnect, Exception), error_response
         ),
         lifespan=lifespan,
     )
