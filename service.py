@@ -651,8 +651,7 @@ DOCS_POLICY = (
 
 
 def docs_page(body: str) -> Response:
-    html = f"""<!doctype html><html lang="en">
-<title>{TITLE}</title>
+    html = f"""<!doctype html><html lang="en"><title>{TITLE}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="/docs/swagger_style.css">
@@ -932,7 +931,8 @@ class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with what an open port needs and no setting of uvicorn gives.
 
     A request is limited in time, and its head in size. A pipelined request is not parsed, and the connection closes
-    after the answer before it (RFC 9112, section 9.3.2). Trailers are dropped (RFC 9110, section 6.5.1).
+    after the answer before it (RFC 9112, section 9.3.2). So it does after a request in chunks, whose end may be
+    malformed when it has an answer already. Trailers are dropped (RFC 9110, section 6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -941,7 +941,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport = self  # type: ignore[assignment]  # so that uvicorn writes and closes through this class
         self.is_closing = transport.is_closing  # uvicorn calls transport.is_closing()
         self.written: list[bytes] = []  # pieces that uvicorn has written and this class has not sent yet
-        self.arriving = False  # whether a request has begun and is not complete
+        self.arriving = False  # whether a request has begun, is not complete, and is not refused
         self.size = 0  # bytes since the last complete head or piece of a body, or between the pieces after the answer
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
@@ -964,17 +964,15 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             malformed = True
-        if self.arriving and (self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES):
-            self.refuse(431)
-        elif self.arriving and malformed:
-            self.refuse(400)
+        if self.arriving and (malformed or self.size > HEAD_LIMIT):
+            self.refuse(431 if self.size > HEAD_LIMIT or len(self.headers) > HEAD_LINES else 400)
         elif malformed:  # these bytes came after the request, or it is an upgrade, which is not made
             self.cycle.keep_alive = False
         elif self.arriving and self.deadline.cancelled():  # incomplete after one piece: now it gets a timer
             self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
 
     def on_message_begin(self) -> None:
-        if self.cycle and not self.cycle.response_complete:
+        if self.cycle and not (self.cycle.response_complete and self.cycle.keep_alive):
             raise ValueError("bytes have come before the answer")  # httptools makes an HttpParserError of it
         super().on_message_begin()
         self._unset_keepalive_if_required()  # the connection is not idle
@@ -987,11 +985,12 @@ class HttpProtocol(HttpToolsProtocol):
             raise ValueError("the head or the trailers have too many lines")
 
     def on_headers_complete(self) -> None:
-        if self.size > HEAD_LIMIT:  # which may include the beginning of the body: count the head alone
-            self.size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if self.size > HEAD_LIMIT:
+        # The size may include the beginning of the body, so the head is counted alone, too.
+        if self.size > HEAD_LIMIT and len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) > HEAD_LIMIT:
             raise ValueError("the head is too large")
         super().on_headers_complete()
+        if b"transfer-encoding" in dict(self.headers):
+            self.cycle.keep_alive = False
         self.headers = []  # for trailers, which must not become headers
         self.size = 0
 
@@ -1003,8 +1002,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self.arriving, self.size = False, 0
         self.deadline.cancel()
-        self.cycle.keep_alive &= self.parser.should_keep_alive()  # a trailer may have changed it
-        if self.cycle.response_complete and not self.cycle.keep_alive:
+        if self.cycle.response_complete and not self.cycle.keep_alive:  # close() has waited for it
             self.close()
 
     def write(self, data: bytes) -> None:
@@ -1022,18 +1020,20 @@ class HttpProtocol(HttpToolsProtocol):
 
     def close(self) -> None:
         self.flush()
-        self.connection.close()
+        if not (self.arriving and self.cycle and self.cycle.response_complete):
+            self.connection.close()  # otherwise unread bytes could cost the client its answer (RFC 9112, section 9.6)
 
     def refuse(self, status: int) -> None:
         """Read no more, answer the request that is arriving with an error unless it has an answer, and close."""
         error = ApiError(status, "The request must be valid HTTP/1.1" if status == 400 else "")
+        arriving, self.arriving = self.arriving, False
         if self.cycle and not self.cycle.response_complete:  # read_json raises it, and uvicorn closes after the answer
             self.connection.pause_reading()
             self.cycle.scope.update(refused=error)  # type: ignore[call-arg]
             self.cycle.keep_alive = self.cycle.more_body = False
             self.cycle.message_event.set()
             return
-        if self.arriving and not self.cycle:
+        if arriving and not self.cycle:
             answer = JSONResponse({"detail": error.detail}, status, {"Connection": "close"})
             head = b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)
             self.write(STATUS_LINE[status] + head + b"\r\n" + answer.body)

@@ -123,18 +123,11 @@ def test_tiny_chunks_are_not_read_on_for_long_after_the_answer(raw: Raw) -> None
     assert sent < 8_000_000
 
 
-@pytest.mark.parametrize(
-    ("framing", "body"),
-    [
-        ("Content-Length: 65536", b"x" * 65_536),
-        ("Transfer-Encoding: chunked", b"1\r\nx\r\n" * 10_000 + b"0\r\n\r\n"),
-    ],
-)
-def test_a_body_after_the_answer_is_not_counted_as_a_part_of_the_next_head(raw: Raw, framing: str, body: bytes) -> None:
+def test_a_body_after_the_answer_is_not_counted_as_a_part_of_the_next_head(raw: Raw) -> None:
     """Behind a proxy that shares connections, the next head may be of somebody else."""
-    raw.send("POST /api/tasks", framing)
+    raw.send("POST /api/tasks", "Content-Length: 65536")
     assert raw.answer().status == 401
-    for part in (body, b"GET /health HTTP/1.1\r\nHost: x\r\nX: ", b"y" * 20_000, b"\r\n\r\n"):
+    for part in (b"x" * 65_536, b"GET /health HTTP/1.1\r\nHost: x\r\nX: ", b"y" * 20_000, b"\r\n\r\n"):
         raw.socket.sendall(part)
         time.sleep(0.05)
     assert raw.answer().status == 200
