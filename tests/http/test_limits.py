@@ -354,6 +354,25 @@ def test_a_docs_file_is_read_once_however_many_ask_for_it_and_read_nothing(
     assert ask(service, "GET /docs/redoc.js").content == first.content
 
 
+def test_a_docs_file_that_cannot_be_opened_is_told_as_a_failure_that_passes(
+    start_service: StartService, database_url: str
+) -> None:
+    service = start_service(database_url, launcher="prlimit --nofile=256:256")
+    service.wait_until_ready()
+    with Raw(service) as connection:
+        connection.send("GET /health")
+        assert connection.answer().status == 200
+        with contextlib.ExitStack() as silent:
+            for _ in range(300):
+                silent.enter_context(Raw(service))
+            wait_until(lambda: psutil.Process(service.process.pid).num_fds() == 256)
+            connection.send("GET /docs/redoc.js", "X-Request-ID: full")
+            answer = connection.answer()
+            assert (answer.status, answer.headers["retry-after"]) == (503, "2")
+            assert "Too many open files" in service.log_line("full")
+        wait_until(lambda: ask(service, "GET /docs/redoc.js").status == 200)
+
+
 @pytest.mark.parametrize("path", ["/docs/redoc.js", "/openapi.json", "/api/tasks"])
 def test_a_client_that_hangs_up_in_mid_answer_leaves_no_traceback(service: Service, alice: Client, path: str) -> None:
     alice.create("x" * 200, description="x" * 2000)
