@@ -1020,7 +1020,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def close(self) -> None:
         self.flush()
-        if not (self.arriving and self.cycle and self.cycle.response_complete):
+        if not (self.arriving and self.cycle and self.cycle.response_complete and not self.cycle.keep_alive):
             self.connection.close()  # otherwise unread bytes could cost the client its answer (RFC 9112, section 9.6)
 
     def refuse(self, status: int) -> None:

@@ -430,6 +430,19 @@ def test_what_is_done_when_the_service_is_stopped_is_answered(service: Service) 
             stopped.remove()
 
 
+def test_a_stop_does_not_wait_for_the_rest_of_a_request_that_has_its_answer(
+    database_url: str, start_service: StartService
+) -> None:
+    service = start_service(database_url)
+    service.wait_until_ready()
+    with Raw(service) as connection:
+        connection.send("POST /api/tasks", "Content-Length: 2")
+        answer = connection.answer()
+        assert (answer.status, "connection" in answer.headers) == (401, False)
+        service.process.send_signal(signal.SIGTERM)
+        service.process.wait(5)
+
+
 def test_a_request_that_a_stop_cuts_off_is_answered(database_url: str, start_service: StartService) -> None:
     service = start_service(database_url, constants={"service.SHUTDOWN_GRACE": 1})
     service.wait_until_ready()
