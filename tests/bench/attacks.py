@@ -169,14 +169,17 @@ def one_task(service: Service, user: str) -> bytes:
         return request(f"{LIST}/{client.tasks()[0]['id']}", user)
 
 
-def unread(service: Service, content: bytes, connections: int) -> str:
-    """Send something on many connections and read nothing; then others must still be served."""
+def unread(service: Service, content: bytes, connections: int, *, read: int = 0) -> str:
+    """Send something on many connections and read so many bytes of each; then others must still be served."""
     with contextlib.ExitStack() as stack, Memory(service.process.pid) as memory:
         for _ in range(connections):
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", service.port))
             connection.sendall(content)
+            left = read
+            while left > 0:
+                left -= len(connection.recv(65_536))
         memory.wait_until_steady()
         service.wait_until_ready(PATIENCE)
         return str(memory)
@@ -231,6 +234,11 @@ def unread_lists(service: Service, divisor: int) -> str:
 def unread_emoji(service: Service, divisor: int) -> str:
     fill(service, "many", 3000 // divisor, EMOJI)
     return unread(service, request(LIST, "many"), 60)
+
+
+def emoji_left_halfway(service: Service, divisor: int) -> str:
+    fill(service, "many", 3000 // divisor, EMOJI)
+    return unread(service, request(LIST, "many"), 60, read=4_000_000 // divisor)
 
 
 def unread_control_characters(service: Service, divisor: int) -> str:
@@ -408,6 +416,7 @@ ATTACKS = [
         unread_control_characters,
     ),
     Attack("60 lists of 3,000 tasks of emoji that nobody reads", "at most +150 MB", unread_emoji),
+    Attack("60 lists of 3,000 tasks of emoji that are left after 4 MB", "at most +240 MB", emoji_left_halfway),
     Attack("500 lists of 3,000 large tasks, broken off one after the other", "at most +150 MB", broken_off_lists),
     Attack("5,000 heads of 60 KB, broken off one after the other", "at most +30 MB", broken_off_heads),
     Attack("300 heads of 16,000 lines, at once", "at most +30 MB", lines_at_once),
