@@ -11,6 +11,7 @@ first. What they use follows: requests, answers, identity, OpenAPI, settings, th
 
 import asyncio
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -336,7 +337,8 @@ class ApiError(HTTPException):
 
 async def error_response(request: Request, error: BaseException) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
-    if isinstance(error, Unavailable | OSError):  # TimeoutError is one; no descriptor may be free to open a file
+    no_descriptor = isinstance(error, OSError) and error.errno == errno.EMFILE  # somebody's connections have them all
+    if isinstance(error, Unavailable | TimeoutError) or no_descriptor:
         request.scope["error"] = reason(error)
         error = ApiError(503)
     elif isinstance(error, Refused):
@@ -653,8 +655,7 @@ DOCS_POLICY = (
 def docs_page(body: str) -> Response:
     html = f"""<!doctype html><html lang="en"><title>{TITLE}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<link rel="stylesheet" href="/docs/swagger_style.css">
+<link rel="icon" href="data:,"><link rel="stylesheet" href="/docs/swagger_style.css">
 <body style="margin: 0"><div id=page></div>{body}"""
     return HTMLResponse(html, headers={"Content-Security-Policy": DOCS_POLICY})
 
@@ -903,7 +904,7 @@ def create_app(settings: Settings) -> ASGIApp:
         routes=ROUTES,
         middleware=[Middleware(Authentication, identity=identity)],
         exception_handlers=dict.fromkeys(
-            (HTTPException, Unavailable, OSError, Refused, ClientDisconnect, Exception), error_response
+            (HTTPException, Unavailable, TimeoutError, Refused, ClientDisconnect, Exception), error_response
         ),
         lifespan=lifespan,
     )
@@ -952,8 +953,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # a timer would keep all that is left of the connection
         self.deadline.cancel()
         scope: Any = self.cycle.scope if self.cycle and not self.cycle.response_started else {}
-        if "cancellable" in scope and (scope["method"] in ("GET", "HEAD") or "user" not in scope):
-            # It may be a list, or a token with an unknown key, that would wait for seconds, and hold much memory.
+        if "cancellable" in scope:  # it may wait for seconds, and hold much memory; a write in a batch is still made
             scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx has this status
             scope["cancellable"].cancel()
 
