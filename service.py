@@ -81,7 +81,7 @@ STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed
 
 async def list_tasks(request: Request) -> Response:
     """List the caller's tasks, newest first."""
-    status = Request(request.scope).query_params.get("status") or "all"  # parsed apart, as `request` keeps it for long
+    status = Request(request.scope).query_params.get("status") or "all"  # `request` would keep it while the list waits
     if status not in STATUSES:
         raise ApiError(422, errors={"status": f"must be one of {', '.join(STATUSES)}"})
     return response_or_304(request, await list_response(request, STATUSES[status]))
@@ -145,7 +145,7 @@ API: dict[str, dict[str, Handler]] = {
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-HEAD_LIMIT = 65_536  # most bytes of a head, of trailers, between two pieces of a body, or all those after the answer
+HEAD_LIMIT = 65_536  # most bytes of a head, of trailers, of a piece's framing, or of all framing after an early answer
 HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
 REQUEST_TIMEOUT = 15.0  # seconds from the first to the last byte of a request, and from the connection to its first
 JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
@@ -337,8 +337,7 @@ class ApiError(HTTPException):
 
 async def error_response(request: Request, error: BaseException) -> Response:
     """Return the answer to an exception: JSON with a `detail`, and with `errors` for a 422. Nothing else leaks out."""
-    no_descriptor = isinstance(error, OSError) and error.errno == errno.EMFILE  # somebody's connections have them all
-    if isinstance(error, Unavailable | TimeoutError) or no_descriptor:
+    if isinstance(error, Unavailable | TimeoutError) or getattr(error, "errno", 0) == errno.EMFILE:  # too many files
         request.scope["error"] = reason(error)
         error = ApiError(503)
     elif isinstance(error, Refused):
@@ -601,7 +600,7 @@ class Identity:
         except Exception as error:  # whatever the issuer makes of it, the next fetch may be a better one
             if self.fetch_error != reason(error):
                 log.warning("%s: no keys could be fetched: %s", place, reason(error))
-            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # for those who have waited for it
+            self.fetched_at, self.fetch_error = time.monotonic(), reason(error)  # so public_key waits no more
 
 
 def read_key_set(text: bytes) -> dict[str | None, tuple[Any, list[str]]]:
@@ -932,8 +931,8 @@ class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with what an open port needs and no setting of uvicorn gives.
 
     A request is limited in time, and its head in size. A pipelined request is not parsed, and the connection closes
-    after the answer before it (RFC 9112, section 9.3.2). So it does after a request in chunks, whose end may be
-    malformed when it has an answer already. Trailers are dropped (RFC 9110, section 6.5.1).
+    after the answer before it (RFC 9112, section 9.3.2). It also closes after each request in chunks: an early answer
+    cannot tell whether they will end well. Trailers are dropped (RFC 9110, section 6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -943,7 +942,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.is_closing = transport.is_closing  # uvicorn calls transport.is_closing()
         self.written: list[bytes] = []  # pieces that uvicorn has written and this class has not sent yet
         self.arriving = False  # whether a request has begun, is not complete, and is not refused
-        self.size = 0  # bytes since the last complete head or piece of a body, or between the pieces after the answer
+        self.size = 0  # bytes since the last complete head or piece of a body; after an early answer, of all framing
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
@@ -1020,8 +1019,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def close(self) -> None:
         self.flush()
+        # After an early answer the rest is read first, or a reset could overtake the answer (RFC 9112, section 9.6).
         if not (self.arriving and self.cycle and self.cycle.response_complete and not self.cycle.keep_alive):
-            self.connection.close()  # otherwise unread bytes could cost the client its answer (RFC 9112, section 9.6)
+            self.connection.close()
 
     def refuse(self, status: int) -> None:
         """Read no more, answer the request that is arriving with an error unless it has an answer, and close."""

@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS task (
             '\u2007\u2008\u2009\u200A\u2028\u2029\u202F\u205F\u3000') <> ''
     ),
     CONSTRAINT task_description CHECK (char_length(description) <= 2000),
-    -- RFC 3339 writes no infinity and no other years. Other programs take the first and the last moment for infinity.
+    -- RFC 3339 writes no infinity and no other years. The ends are left out, as other programs take them for infinity.
     CONSTRAINT task_created_at CHECK (created_at > '0001-01-01 00:00Z' AND created_at < '9999-12-31 23:59:59.999999Z'),
     CONSTRAINT task_updated_at CHECK (updated_at > '0001-01-01 00:00Z' AND updated_at < '9999-12-31 23:59:59.999999Z')
 );
