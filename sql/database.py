@@ -82,14 +82,14 @@ TRANSIENT = (
 )
 INVALID = "(22|23)...|P0001"  # the database cannot take a value, a constraint forbids it, or a trigger rejects it
 NOT_YET = "55P03|40001|40P01"  # somebody's lock, a serialization failure, a deadlock
-OLD_KEY_INDEX = "task_user_id_idempotency_key_idx"  # of version 1.0; two creations with one key may violate it
+KEY_INDEX = "idempotency_key_idx"  # version 1.0's, or one that is being built anew; two creations may violate it
 
 
 def may_succeed_later(error: Exception) -> bool:
     """Return whether an error is of a statement that has done nothing, and may succeed when it is sent again."""
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         return True  # a column has another type since the statement was prepared
-    if OLD_KEY_INDEX in (getattr(error, "constraint_name", None) or ""):  # Citus puts a number behind it
+    if KEY_INDEX in (getattr(error, "constraint_name", None) or ""):  # with more around it
         return True
     return re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
 

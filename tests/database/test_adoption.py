@@ -554,7 +554,7 @@ GATE = """
         AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN $1; END';
     DROP INDEX task_user_id_idempotency_key_idx;
     CREATE INDEX ON task (gate(title));
-    CREATE UNIQUE INDEX task_user_id_idempotency_key_idx ON task (user_id, split_part(idempotency_key, ' ', 1))
+    CREATE UNIQUE INDEX {index} ON task (user_id, split_part(idempotency_key, ' ', 1))
         WHERE idempotency_key IS NOT NULL;
     CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION $$refused$$; END';
     CREATE TRIGGER refuse BEFORE INSERT ON task FOR EACH ROW WHEN (NEW.title = 'refused') EXECUTE FUNCTION refuse();
@@ -587,8 +587,10 @@ async def race(url: str) -> list[Any]:
         return await created
 
 
-def test_a_creation_that_loses_the_race_for_its_key_gets_the_task_of_the_winner(database_url: str) -> None:
-    execute(database_url, VERSION_1_0 + GATE)
+# That of version 1.0, and one that REINDEX CONCURRENTLY builds.
+@pytest.mark.parametrize("index", ["task_user_id_idempotency_key_idx", "task_idempotency_key_idx_ccnew"])
+def test_a_creation_that_loses_the_race_for_its_key_gets_the_task_of_the_winner(database_url: str, index: str) -> None:
+    execute(database_url, VERSION_1_0 + GATE.replace("{index}", index))
     first_refused, first, second_refused, second = asyncio.run(race(database_url))
     assert [type(result) for result in (first_refused, second_refused)] == [Refused, Refused]
     assert [result for result in (first, second) if isinstance(result, Exception)] == []
