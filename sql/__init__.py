@@ -215,6 +215,7 @@ class Queries:
                         connection = await self.pool.acquire()
                 if statement not in READS:  # by user and id or key: batches lock rows in one order, so never deadlock
                     batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
+                batch = [call for call in batch if not call.done.done()]  # it is done if the request was cancelled
                 parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
                 seconds = deadline - self.loop.time()
                 async with connection.sending(seconds):
@@ -226,7 +227,7 @@ class Queries:
                         raise RuntimeError("a statement has returned a row of somebody else")
                     call.rows.append(row)
                 for call in batch:
-                    if not call.done.done():  # it is done if the request was cancelled
+                    if not call.done.done():
                         call.done.set_result(None)
                 timer.cancel()
                 if len(self.senders) > self.many_senders:
