@@ -79,6 +79,7 @@ TRANSIENT = (
     "(08|25|28|3D|40|53|55|57|58)..."
     "|42P01|42501|42P10"  # the table, its grants or its index for keys are not there, as while a backup is restored
     "|26000|42P05"  # a prepared statement is not there, or is already, as through a pooler
+    "|XX00[12]"  # a page is damaged, until a backup is restored
 )
 INVALID = "(22|23)...|P0001"  # the database cannot take a value, a constraint forbids it, or a trigger rejects it
 NOT_YET = "55P03|40001|40P01"  # somebody's lock, a serialization failure, a deadlock

@@ -1,4 +1,4 @@
-"""A database that is full, forbidden, dropped, read-only or of another encoding."""
+"""A database that is full, forbidden, dropped, damaged, read-only or of another encoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.postgres import Postgres, held_port
 from tests.support.service_process import Client, Service, running, token
 from tests.support.waiting import told
 
-# --- Full, forbidden, dropped, read-only
+# --- Full, forbidden, dropped, damaged, read-only
 
 
 @pytest.mark.fault
@@ -140,6 +140,26 @@ def test_an_index_that_a_restore_has_not_made_yet_is_a_503(service: Service, url
     assert_unavailable(alice.post("/api/tasks", json={"title": "x"}, headers={"Idempotency-Key": "a"}))
     assert alice.tasks() == [task]
     execute(url, made)
+    assert_healed(service, alice, [task])
+
+
+def test_a_damaged_table_is_a_503_until_it_is_restored(
+    postgres: Postgres, service: Service, url: str, alice: Client
+) -> None:
+    """SQLSTATE XX001."""
+    task = alice.create()
+    [(path,)] = execute(url, "SELECT pg_relation_filepath('task')")
+    file = postgres.folder / "data" / path
+    postgres.stop()
+    pages = file.read_bytes()
+    file.write_bytes(b"\1" * len(pages))
+    postgres.start()
+    assert_unavailable(alice.get(f"/api/tasks/{task['id']}"))
+    assert_unavailable(alice.get("/api/tasks", headers={"X-Request-ID": "damaged"}))
+    assert "DataCorruptedError: invalid page in block 0" in service.log_line("damaged")
+    postgres.stop()
+    file.write_bytes(pages)
+    postgres.start()
     assert_healed(service, alice, [task])
 
 
