@@ -432,6 +432,7 @@ class Answers:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         # A trailing slash names the same resource. A newline does not, though the $ of a route's pattern lets it pass.
         scope["root_path"], scope["path"] = "", (path.removesuffix("/") or "/").replace("\n", "%0A")
+        scope["cancellable"] = asyncio.current_task()  # by HttpProtocol, if the client hangs up
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -449,7 +450,7 @@ class Answers:
         try:
             await app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
-            scope["error"] = "cut off, as the service was stopped"
+            scope["error"] = scope["refused"].detail if "refused" in scope else "cut off, as the service was stopped"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             if isinstance(error.__cause__, Unavailable):  # Starlette wraps what comes after the beginning of an answer
                 scope["error"] = reason(error.__cause__)
@@ -627,7 +628,6 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and UNDER_API.match(scope["path"]):
-            scope["cancellable"] = asyncio.current_task()  # by HttpProtocol, if the client hangs up
             try:
                 scope["user"] = await self.identity.caller(header(scope, b"authorization") or "")
             except (ApiError, asyncio.CancelledError) as error:
@@ -862,9 +862,9 @@ class Resource:
         await response(scope, receive, send)
 
 
-ROUTES = [Route(path, Resource(handlers)) for path, handlers in API.items()]
+ROUTES = [Route(path, Resource(handlers)) for path, handlers in (API | {"/health/ready": {"GET": ready}}).items()]
 ROUTES += [Route(path, response, methods=["GET"]) for path, response in STATIC.items()]
-ROUTES += [Route("/health/ready", ready), *[Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]]
+ROUTES += [Route(f"/docs/{name}", docs_file) for name in DOCS_FILES]
 
 
 def queries(request: Request) -> Queries:
@@ -952,7 +952,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # a timer would keep all that is left of the connection
         self.deadline.cancel()
         scope: Any = self.cycle.scope if self.cycle and not self.cycle.response_started else {}
-        if "cancellable" in scope:  # it may wait for seconds, and hold much memory; a write in a batch is still made
+        if "cancellable" in scope:  # it may wait for seconds, and hold much memory; a write that was sent is made
             scope["refused"] = ApiError(499, "The client has hung up")  # for the log; nginx has this status
             scope["cancellable"].cancel()
 

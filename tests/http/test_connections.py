@@ -37,7 +37,8 @@ def test_a_request_that_waits_ends_when_its_client_hangs_up(service: Service, al
     task = alice.create("mine")
     path, content = f"/api/tasks/{task['id']}", b'{"title": "x"}'
     requests = {"list": "GET /api/tasks", "head": "HEAD /api/tasks", "one": f"GET {path}", "new": "POST /api/tasks",
-                "first": f"PUT {path}", "second": f"PUT {path}", "third": f"DELETE {path}"}  # fmt: skip
+                "first": f"PUT {path}", "second": f"PUT {path}", "third": f"DELETE {path}",
+                "ready": "GET /health/ready"}  # fmt: skip
     with psycopg.connect(service.database_url) as lock:
         lock.execute("LOCK TABLE task")
         for request_id, line in requests.items():
