@@ -27,7 +27,7 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.support.postgres import Postgres
+from tests.support.postgres import Postgres, suspended
 from tests.support.service_process import Service, token
 
 FILL = """
@@ -326,6 +326,22 @@ def lists_left_alone(service: Service, divisor: int) -> str:
         return str(memory)
 
 
+def left_in_a_hang(service: Service, divisor: int) -> str:
+    """Ask while the database hangs, and hang up at once; then measure what others wait when it has come back."""
+    fill(service, "many", 50, EMOJI)
+    content = one_task(service, "another")
+    checks, lists = request("/health/ready"), request(LIST, "many")
+    with psycopg.connect(service.database_url) as database, Memory(service.process.pid) as memory:
+        postmaster = psutil.Process(database.info.backend_pid).parent()
+        assert postmaster
+        with suspended([postmaster]), suspended(postmaster.children(recursive=True)):
+            for number in range(10_000 // divisor):
+                with connect(service.port) as connection:
+                    connection.sendall(checks if number % 2 else lists)
+        [longest, *_] = reversed(waits(service.port, content, for_seconds(1)))
+        return f"{longest:.0f} ms, {memory}"
+
+
 def unread_docs(service: Service, divisor: int) -> str:
     return unread(service, request("/docs/redoc.js") * 4, 200)
 
@@ -422,6 +438,10 @@ ATTACKS = [
     Attack("300 heads of 16,000 lines, at once", "at most +30 MB", lines_at_once),
     Attack("300 lists with 13,000 parameters each, at once, by one user", "at most +100 MB", parameters_at_once),
     Attack("6,000 lists by one user on 20 connections, reset while they wait", "at most +60 MB", lists_left_alone),
+    Attack(
+        "10,000 lists and readiness checks, left while the database hangs",
+        "at most +30 MB, another's GET waits at most a second afterwards", left_in_a_hang,
+    ),
     Attack("500 HEADs of a list of 3,000 large tasks at once, by one user", "at most +150 MB", heads_of_lists),
     Attack("300 bodies of 64 KB of fields that nobody knows, at once", "at most +150 MB", bodies_at_once),
     Attack("200 connections that ask 4 times for /docs/redoc.js and read nothing", "at most +100 MB", unread_docs),
