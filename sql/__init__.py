@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from asyncpg import Pool, PostgresError, ReadOnlySQLTransactionError, Record
+from asyncpg import Pool, PostgresError, Record
 
 from sql import database
 from sql.database import CALL_TIMEOUT, COLUMNS, Refused, Unavailable, classify, may_succeed_later
@@ -233,9 +233,8 @@ class Queries:
                 if len(self.senders) > self.many_senders:
                     break  # another one may wait for this connection
         except Exception as error:
-            if isinstance(error, (ConnectionError, ReadOnlySQLTransactionError)):
-                # A restart ends all connections of the pool. After a failover they lead to a standby, or to nobody.
-                await self.pool.expire_connections()
+            if database.shows_outdated(connection, error):
+                await self.pool.expire_connections()  # the other connections are as old
             for call in batch:
                 if not call.done.done():
                     call.done.set_exception(error)

@@ -95,6 +95,17 @@ def may_succeed_later(error: Exception) -> bool:
     return re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
 
 
+def shows_outdated(connection: "Connection | None", error: Exception) -> bool:
+    """Return whether an error of a connection tells that it leads to a database that is not there as it was.
+
+    A restart ends connections. After a failover they may lead to a standby, and a session stays read-only if it began
+    so. But where a new one is read-only, so is the database, and another connection would not help.
+    """
+    if connection and isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        return time.monotonic() - connection.opened_at > FRESH
+    return isinstance(error, ConnectionError)
+
+
 def classify(error: Exception) -> Exception:
     """Return the exception to raise for an error: Unavailable, Refused, or itself if it is one of these or a bug."""
     sqlstate = getattr(error, "sqlstate", None) or ""
@@ -158,6 +169,7 @@ def read_url(url: str) -> dict[str, Any]:
 CALL_TIMEOUT = 8.0  # seconds that a call may take, second tries included
 RELEASE_TIMEOUT = 2.0  # seconds that a statement gets to be cancelled; then its connection is closed
 CONNECT_TIMEOUT = 6.0  # seconds that all hosts have together to take a connection, so that a call can reach the last
+FRESH = 5.0  # seconds for which a connection counts as new
 LOCK_TIMEOUT = "50ms"  # that a statement waits for somebody else's lock, as PostgreSQL writes it
 SCHEMA_TIMEOUT = 3600.0  # seconds; converting a large table rewrites it
 
@@ -220,6 +232,7 @@ class Connection(asyncpg.Connection):
 
     # Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter.
     sets_lock_timeout = False
+    opened_at = 0.0  # by time.monotonic
 
     def get_reset_query(self) -> str:
         return ""
@@ -233,6 +246,7 @@ class Connection(asyncpg.Connection):
             tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)  # seconds
             tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
             tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        self.opened_at = time.monotonic()
         try:
             self.sets_lock_timeout = await self.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
             # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.support.database import PASSWORD, UNAVAILABLE, connect, execute, name_of, terminate, url_as
+from tests.support.database import OTHERS, PASSWORD, UNAVAILABLE, connect, execute, name_of, terminate, url_as
 from tests.support.fixtures import Figures, StartService
 from tests.support.outages import (
     assert_all_unavailable,
@@ -181,18 +181,33 @@ def test_a_database_that_is_read_only_is_read(postgres: Postgres, service: Servi
     assert bob.tasks() == [bobs]
 
 
-def test_writes_go_on_once_the_database_is_writable_again(
+def test_writes_go_on_once_the_database_is_writable_again(postgres: Postgres, start: StartService) -> None:
+    """Sessions keep the setting that they began with, and so do connections to a primary that became a standby."""
+    service = start(create_database(postgres), constants={"sql.database.FRESH": 0.5})
+    with service.client("alice") as alice:
+        task = alice.create()
+        with database_setting(postgres, service, "default_transaction_read_only", "on"):
+            assert_unavailable(alice.post("/api/tasks", json={"title": "x"}))
+            name = name_of(service.database_url)
+            execute(postgres.url(), f"ALTER DATABASE {name} RESET default_transaction_read_only")
+            time.sleep(0.6)
+            first = alice.post("/api/tasks", json={"title": "may meet the session from before"})
+            created = [first.json()] if first.status_code == 201 else []
+            created.insert(0, alice.create("must not"))
+            assert alice.tasks() == [*created, task]
+
+
+def test_refused_writes_leave_reads_their_connections(
     postgres: Postgres, service: Service, url: str, alice: Client
 ) -> None:
-    """Sessions keep the setting that they began with, and so do connections to a primary that became a standby."""
-    task = alice.create()
+    """New ones would be read-only, too, and cost a reader more than what it asks for."""
     with database_setting(postgres, service, "default_transaction_read_only", "on"):
         assert_unavailable(alice.post("/api/tasks", json={"title": "x"}))
-        execute(postgres.url(), f"ALTER DATABASE {name_of(url)} RESET default_transaction_read_only")
-        first = alice.post("/api/tasks", json={"title": "may meet a session from before"})
-        created = [first.json()] if first.status_code == 201 else []
-        created.insert(0, alice.create("must not"))
-        assert alice.tasks() == [*created, task]
+        before = execute(url, f"SELECT pid {OTHERS}")
+        for _ in range(3):
+            assert_unavailable(alice.post("/api/tasks", json={"title": "x"}))
+            assert alice.tasks() == []
+        assert execute(url, f"SELECT pid {OTHERS}") == before
 
 
 # --- Another encoding, and what is no trouble of the database ---------------------------------------------------------
