@@ -81,7 +81,7 @@ STATUSES = {"all": None, "pending": False, "completed": True}  # what `completed
 
 async def list_tasks(request: Request) -> Response:
     """List the caller's tasks, newest first."""
-    status = Request(request.scope).query_params.get("status") or "all"  # `request` would keep it while the list waits
+    status = Request(request.scope).query_params.get("status") or "all"  # `request` would keep them during the wait
     if status not in STATUSES:
         raise ApiError(422, errors={"status": f"must be one of {', '.join(STATUSES)}"})
     return response_or_304(request, await list_response(request, STATUSES[status]))
@@ -145,7 +145,7 @@ API: dict[str, dict[str, Handler]] = {
 # --- Requests: the body, validation, conditions ----------------------------------------------------------------------
 
 BODY_LIMIT = 65_536  # bytes; the longest valid task has 2,200 characters, of at most 12 bytes each in escaped JSON
-HEAD_LIMIT = 65_536  # most bytes of a head, of trailers, of a piece's framing, or of all framing after an early answer
+HEAD_LIMIT = 65_536  # most bytes of a head, and of the framing of a body in chunks: see HttpProtocol.size
 HEAD_LINES = 200  # fields of a head; a short one takes 25 times its size in memory
 REQUEST_TIMEOUT = 15.0  # seconds from the first to the last byte of a request, and from the connection to its first
 JSON_MEDIA_TYPE = re.compile(rb"application/([a-z0-9!#$&^_.+-]+\+)?json")
@@ -931,8 +931,8 @@ class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with what an open port needs and no setting of uvicorn gives.
 
     A request is limited in time, and its head in size. A pipelined request is not parsed, and the connection closes
-    after the answer before it (RFC 9112, section 9.3.2). It also closes after each request in chunks: an early answer
-    cannot tell whether they will end well. Trailers are dropped (RFC 9110, section 6.5.1).
+    after the answer before it (RFC 9112, section 9.3.2). It also closes after each request in chunks: an early answer,
+    before their end, cannot tell whether they will end well. Trailers are dropped (RFC 9110, section 6.5.1).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -942,7 +942,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.is_closing = transport.is_closing  # uvicorn calls transport.is_closing()
         self.written: list[bytes] = []  # pieces that uvicorn has written and this class has not sent yet
         self.arriving = False  # whether a request has begun, is not complete, and is not refused
-        self.size = 0  # bytes since the last complete head or piece of a body; after an early answer, of all framing
+        self.size = 0  # bytes of a head, or of chunk framing since the last content; of all of it after an early answer
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
@@ -995,13 +995,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        self.size = self.size - len(body) if self.cycle.response_complete else 0
+        self.size = self.size - len(body) if self.cycle.response_complete else 0  # before it, read_json limits the body
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self.arriving, self.size = False, 0
         self.deadline.cancel()
-        if self.cycle.response_complete and not self.cycle.keep_alive:  # close() has waited for it
+        if self.cycle.response_complete and not self.cycle.keep_alive:  # which close() has put off
             self.close()
 
     def write(self, data: bytes) -> None:

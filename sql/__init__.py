@@ -144,7 +144,7 @@ class Queries:
     async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
         # A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
         busy = (user_id, task_id) in self.semaphores
-        limit = asyncio.timeout(CALL_TIMEOUT) if busy else nullcontext()  # nobody waits for a free semaphore
+        limit = asyncio.timeout(CALL_TIMEOUT) if busy else nullcontext()  # a free semaphore needs no limit
         async with limit, self.semaphore(user_id, task_id):
             rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
             return rows[0] if rows else None  # if there is no such task, or none of these versions
@@ -192,12 +192,12 @@ class Queries:
         sender.add_done_callback(self.senders.discard)
 
     def _hand_over_queue(self, statement: str, queue: list[Call]) -> None:
-        """Drop a queue whose sender is slow or ends, and let another one send the rest. A lone call is in no queue."""
+        """Take a queue from its sender, if it still has one, and let another sender send what is left of it."""
         if self.queues.get(statement) is queue:
             del self.queues[statement]
             if queue:
                 self.queues[statement] = queue.copy()
-                queue.clear()
+                queue.clear()  # which ends the loop of the old sender
                 self._start_sender(statement)
 
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
@@ -240,10 +240,10 @@ class Queries:
                     call.done.set_exception(error)
                     call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
-            if not queue:  # drop it before the release, so that the next call starts a sender at once
+            if not queue:  # now, so that the next call starts a sender at once
                 self._hand_over_queue(statement, queue)
             if connection:
                 release = database.release(self.pool, connection)
                 # A lone call may be cancelled meanwhile, and asyncpg log a traceback. Nobody cancels a sender.
                 await (release if asyncio.current_task() in self.senders else asyncio.shield(release))
-            self._hand_over_queue(statement, queue)  # after it, so that others who wait get the connection first
+            self._hand_over_queue(statement, queue)  # if there is a rest: those who wait get the connection before it

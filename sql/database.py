@@ -83,15 +83,15 @@ TRANSIENT = (
 )
 INVALID = "(22|23)...|P0001"  # the database cannot take a value, a constraint forbids it, or a trigger rejects it
 NOT_YET = "55P03|40001|40P01"  # somebody's lock, a serialization failure, a deadlock
-KEY_INDEX = "idempotency_key_idx"  # version 1.0's, or one that is being built anew; two creations may violate it
+KEY_INDEX = "idempotency_key_idx"  # a part of the names of version 1.0's key index, and of a copy that REINDEX makes
 
 
 def may_succeed_later(error: Exception) -> bool:
     """Return whether an error is of a statement that has done nothing, and may succeed when it is sent again."""
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         return True  # a column has another type since the statement was prepared
-    if KEY_INDEX in (getattr(error, "constraint_name", None) or ""):  # with more around it
-        return True
+    if KEY_INDEX in (getattr(error, "constraint_name", None) or ""):
+        return True  # our index, which ON CONFLICT names, then shows the task that the key has made
     return re.fullmatch(NOT_YET, getattr(error, "sqlstate", None) or "") is not None
 
 
@@ -156,7 +156,7 @@ def read_url(url: str) -> dict[str, Any]:
             " percent-escaped (@ as %40, # as %23, / as %2F, ? as %3F), and what follows a ? must be right: sslmode,"
             " sslrootcert, target_session_attrs, connect_timeout."
         ) from None
-    # asyncpg takes a key that it does not know for a setting of the server, which then refuses the connection.
+    # asyncpg sends unknown keys as settings of the server, which then refuses the connection.
     unknown = (parameters.server_settings or {}).keys() - {"application_name", "options"}
     dsn = parts._replace(query=urlencode({key: query[key] for key in query.keys() - unknown})).geturl()
     arguments: dict[str, Any] = {"dsn": dsn, "timeout": int(timeout), "ignored": sorted(unknown - OUR_KEYS)}
