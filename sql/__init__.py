@@ -220,7 +220,8 @@ class Queries:
                 seconds = deadline - self.loop.time()
                 async with connection.sending(seconds):
                     # One message and one transaction, in which the statement is executed for each call with its own $1.
-                    rows = await connection.fetchmany(statement, parameters, timeout=seconds)
+                    # Without a call asyncpg would begin one and not end it.
+                    rows = await connection.fetchmany(statement, parameters, timeout=seconds) if batch else []
                 for row in rows:
                     call = batch[row["call"]]
                     if row["user_id"] != call.user_id:

@@ -46,6 +46,29 @@ def locked_tasks(url: str, *users: str) -> Any:
     return locked(url, "SELECT FROM task WHERE user_id = ANY(%s) FOR UPDATE", [*users])
 
 
+# --- Our own locks ---------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_nobody_waits_for_leave_no_transaction_open(database_url: str) -> None:
+    """Its locks would keep migrations of the table waiting."""
+
+    async def check() -> None:
+        async with pool_and_queries(database_url, size=1) as (pool, queries):
+            async with pool.acquire() as connection:
+                pid = connection.get_server_pid()
+                waiting = asyncio.create_task(queries.create_task("user-1", None, None, NEW))
+                await wait_in_loop_until(lambda: bool(queries.senders))
+                waiting.cancel()
+                await asyncio.wait([waiting])
+            await wait_in_loop_until(lambda: not queries.senders)
+            observer = await asyncpg.connect(database_url)
+            state = await observer.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)
+            await observer.close()
+            assert (state, sizes(sql.CREATE_TASK)) == ("idle", [])
+
+    asyncio.run(check())
+
+
 # --- Rows that are locked --------------------------------------------------------------------------------------------
 
 
