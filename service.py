@@ -437,6 +437,7 @@ class Answers:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
+                del scope["cancellable"]  # an answer that is being sent is not
                 added = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
                 if app is self.app or b"vary" not in dict(message["headers"]):  # without CORS there is none to look for
                     added.append((b"vary", b"Origin"))  # or a cache may give the answer to another origin
@@ -450,7 +451,7 @@ class Answers:
         try:
             await app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
-            scope["error"] = scope["refused"].detail if "refused" in scope else "cut off, as the service was stopped"
+            scope["error"] = "cut off, as the service was stopped"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             if isinstance(error.__cause__, Unavailable):  # Starlette wraps what comes after the beginning of an answer
                 scope["error"] = reason(error.__cause__)
@@ -858,7 +859,6 @@ class Resource:
             response = await handler(Request(scope, receive, send))
         except asyncio.CancelledError as error:
             response = await error_response(Request(scope), error)
-        del scope["cancellable"]  # an answer that is being sent is not
         await response(scope, receive, send)
 
 
@@ -995,7 +995,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        self.size = self.size - len(body) if self.cycle.response_complete else 0  # before it, read_json limits the body
+        self.size = self.size - len(body) if self.cycle.response_complete else 0  # until then read_json limits the body
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

@@ -52,6 +52,18 @@ def test_a_request_that_waits_ends_when_its_client_hangs_up(service: Service, al
     assert alice.tasks() == [task]
 
 
+def test_an_answer_that_is_not_read_is_in_the_log_as_it_was_sent(service: Service) -> None:
+    """It waits for the answers before it. That its client hangs up then is no error."""
+    with Raw(service) as connection:
+        for number in range(8):  # of 1 MB each, so that the buffers are full
+            connection.send("GET /docs/redoc.js", f"X-Request-ID: unread-{number}")
+            time.sleep(0.1)
+    line = service.log_line("unread-0")
+    assert "status=200" in line
+    time.sleep(0.2)
+    assert "error=" not in "".join(line for line in service.log.splitlines() if "id=unread-" in line)
+
+
 def test_a_write_that_is_being_made_is_made_though_its_client_hangs_up(service: Service, alice: Client) -> None:
     slowly = (
         "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN new; END'"
