@@ -96,10 +96,10 @@ def may_succeed_later(error: Exception) -> bool:
 
 
 def shows_outdated(connection: "Connection | None", error: Exception) -> bool:
-    """Return whether an error of a connection tells that it leads to a database that is not there as it was.
+    """Return whether an error of a connection tells that others of its age will fail, too, and new ones may not.
 
-    A restart ends connections. After a failover they may lead to a standby, and a session stays read-only if it began
-    so. But where a new one is read-only, so is the database, and another connection would not help.
+    A restart ends all connections. After a failover they may lead to a standby, and a session that began read-only
+    stays so. But where a new connection is read-only, the database is.
     """
     if connection and isinstance(error, asyncpg.ReadOnlySQLTransactionError):
         return time.monotonic() - connection.opened_at > FRESH
