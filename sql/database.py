@@ -228,14 +228,17 @@ async def connect_to_host(*arguments: Any, **options: Any) -> "Connection":
 
 
 class Connection(asyncpg.Connection):
-    """A connection whose session the pool does not reset: nothing is left in it, and that would be a round trip."""
+    """A connection whose session the pool seldom resets: nothing is left in it, and that would be a round trip."""
 
     # Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter.
     sets_lock_timeout = False
     opened_at = 0.0  # by time.monotonic
+    is_clean = True  # whether the last message was sent to its end
 
     def get_reset_query(self) -> str:
-        return ""
+        # asyncpg sends Parse and Sync apart, and may be stopped in between, as by a timeout. That leaves a transaction
+        # open, with a lock of the table. Any statement ends it.
+        return "" if self.is_clean else "SELECT"
 
     async def prepare_session(self) -> None:
         tcp = self._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # not in stubs
@@ -261,21 +264,23 @@ class Connection(asyncpg.Connection):
 
         Where lock_timeout is not set, make a transaction around it that sets it, and that may take `seconds`.
         """
+        self.is_clean = False
         try:
             if not self.sets_lock_timeout:
                 yield
-                return
-            async with asyncio.timeout(seconds):
-                try:
-                    await self.execute(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
-                    yield
-                    await self.execute("COMMIT")
-                except asyncpg.PostgresError:
-                    await self.execute("ROLLBACK")
-                    raise
-                except BaseException:
-                    self.terminate()  # a database that hangs would not answer a ROLLBACK either
-                    raise
+            else:
+                async with asyncio.timeout(seconds):
+                    try:
+                        await self.execute(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+                        yield
+                        await self.execute("COMMIT")
+                    except asyncpg.PostgresError:
+                        await self.execute("ROLLBACK")
+                        raise
+                    except BaseException:
+                        self.terminate()  # a database that hangs would not answer a ROLLBACK either
+                        raise
+            self.is_clean = True
         except Exception as error:
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
