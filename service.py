@@ -942,7 +942,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.is_closing = transport.is_closing  # uvicorn calls transport.is_closing()
         self.written: list[bytes] = []  # pieces that uvicorn has written and this class has not sent yet
         self.arriving = False  # whether a request has begun, is not complete, and is not refused
-        self.size = 0  # bytes of a head, or of chunk framing since the last content; of all of it after an early answer
+        self.size = 0  # bytes of a head, or of chunk framing over 5 for each byte of content (0 after an early answer)
         self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.refuse, 408)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then closes a connection whose client reads nothing
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT)
@@ -995,7 +995,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        self.size = self.size - len(body) if self.cycle.response_complete else 0  # until then read_json limits the body
+        self.size = max(0, self.size - len(body) * (1 if self.cycle.response_complete else 6))  # 6 for b"1\r\nx\r\n"
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

@@ -112,6 +112,14 @@ def test_a_body_in_tiny_chunks_is_no_head(alice: Client, raw: Raw) -> None:
     assert raw.answer().status == 201
 
 
+def test_the_extensions_of_chunks_are_limited_together(alice: Client, raw: Raw) -> None:
+    raw.send("POST /api/tasks", bearer(alice), "Transfer-Encoding: chunked")
+    for _ in range(2):
+        assert not select.select([raw.socket], [], [], 0.1)[0]
+        raw.socket.sendall(b"1;%s\r\n \r\n" % (b"a" * 40_000))
+    assert raw.answer().status == 431
+
+
 def test_tiny_chunks_are_not_read_on_for_long_after_the_answer(raw: Raw) -> None:
     """To parse them takes so long that it would delay everybody else."""
     raw.send("POST /api/tasks", "Transfer-Encoding: chunked")
