@@ -282,6 +282,7 @@ class Connection(asyncpg.Connection):
                         raise
             self.is_clean = True
         except Exception as error:
+            self.is_clean = isinstance(error, asyncpg.PostgresError)  # which comes when its transaction has ended
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
             raise
