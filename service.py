@@ -504,10 +504,7 @@ class Identity:
         self.fetching: asyncio.Task[None] | None = None  # the fetch that is going on, or the last one
         self.fetched_at = -math.inf  # by time.monotonic: when the last fetch began, or failed
         self.fetch_error = ""  # why it failed
-        if settings.jwks_url:
-            import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
-
-            self.client = httpx.AsyncClient(timeout=KEYS_TIMEOUT, headers={"Accept-Encoding": "identity"})
+        self.client: Any = None  # an httpx.AsyncClient, made by the first fetch
 
     async def caller(self, authorization: str) -> str:
         """Return the user id that an Authorization header proves; raise 401, or 503 for want of the issuer's keys."""
@@ -587,9 +584,12 @@ class Identity:
         """Replace the keys by those that the issuer has now, or keep them and log why; never raise."""
         await asyncio.sleep(self.fetched_at + KEYS_PAUSE - time.monotonic())
         self.fetched_at = time.monotonic()
-        self.client.cookies.clear()  # they would grow
         place = self.settings.jwks_url.partition("?")[0]  # a query may hold a secret
         try:
+            import httpx  # here, because it takes 5 MB that only those should pay for who have an issuer
+
+            self.client = self.client or httpx.AsyncClient(headers={"Accept-Encoding": "identity"})
+            self.client.cookies.clear()  # they would grow
             async with asyncio.timeout(KEYS_TIMEOUT), self.client.stream("GET", self.settings.jwks_url) as answer:
                 if answer.status_code != 200:  # a redirect could lead to somebody else's keys
                     raise ValueError(f"the status is {answer.status_code}")

@@ -82,3 +82,18 @@ def test_the_query_of_a_url_is_not_logged(database: str, start_service: StartSer
     service = start_service(database, BETTER_AUTH_SECRET="", JWKS_URL=f"{url}?key=hunterswordfish")
     wait_until(lambda: f"{url}: no keys could be fetched: " in service.log, HEALING)
     assert "hunter" not in service.log
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [{"SSL_CERT_FILE": "/nowhere"}, {"HTTP_PROXY": "ftp://me:hunterswordfish@here"}],
+    ids=["SSL_CERT_FILE", "HTTP_PROXY"],
+)
+def test_a_variable_that_httpx_refuses_is_told_like_an_issuer_that_is_down(
+    database: str, start_service: StartService, variable: dict[str, str]
+) -> None:
+    service = start_service(database, JWKS_URL=f"http://127.0.0.1:{held_port()}/jwks", WEB_CONCURRENCY="2", **variable)
+    wait_until(lambda: service.log.count(": no keys could be fetched: ") == 2, HEALING)
+    with service.client("alice") as client:
+        assert client.get("/api/tasks").json() == {"items": []}
+    assert not re.search("Traceback|hunter", service.log)
