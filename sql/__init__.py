@@ -123,7 +123,7 @@ class Queries:
             if rows := await self._send(CREATE_TASK, user_id, key, digest, *values):
                 return rows[0]
             if key is None:
-                raise Refused  # no row and no key: a trigger has dropped it
+                raise Refused("no row and no key: a trigger has dropped it")
             if rows := await self._send(GET_TASK_BY_KEY, user_id, key, digest):
                 return rows[0] if rows[0]["same_request"] else None
         raise Unavailable("the task of the key is made and deleted all the time")

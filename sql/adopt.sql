@@ -42,7 +42,7 @@ BEGIN
             ('updated_at', 'timestamp with time zone')) AS ours (name, type) ON attname = name
         WHERE attrelid = to_regclass('task')
           AND (format_type(atttypid, atttypmod) <> type
-            OR NOT attnotnull AND name <> 'description'
+            OR attnotnull = (name = 'description')
             OR NOT atthasdef AND name IN ('completed', 'created_at', 'updated_at'))
     ) THEN
         ALTER TABLE task
@@ -52,6 +52,7 @@ BEGIN
             ALTER COLUMN title       TYPE text,
             ALTER COLUMN title       SET NOT NULL,
             ALTER COLUMN description TYPE text,
+            ALTER COLUMN description DROP NOT NULL,
             ALTER COLUMN completed   SET NOT NULL,
             ALTER COLUMN completed   SET DEFAULT false,
             ALTER COLUMN created_at  DROP DEFAULT,

@@ -60,7 +60,7 @@ class Unavailable(Exception):
 
 
 class Refused(Exception):
-    """The database does not accept such values. Nothing was changed. The text names the constraint, if it is one."""
+    """The database does not accept such values. Nothing was changed. The text names the constraint, or the error."""
 
 
 def reason(error: BaseException) -> str:
@@ -76,10 +76,11 @@ LOST = (OSError, asyncpg.InternalClientError, asyncpg.AdminShutdownError, asyncp
 
 # SQLSTATEs (PostgreSQL, Appendix A) of what passes by itself, or when somebody has mended the database.
 TRANSIENT = (
-    "(08|25|28|3D|40|53|55|57|58)..."
+    "(08|25|28|3D|40|53|54|55|57|58)..."
     "|42P01|42501|42P10"  # the table, its grants or its index for keys are not there, as while a backup is restored
     "|26000|42P05"  # a prepared statement is not there, or is already, as through a pooler
     "|XX00[12]"  # a page is damaged, until a backup is restored
+    "|2200H"  # the sequence of ids is at its end
 )
 INVALID = "(22|23)...|P0001"  # the database cannot take a value, a constraint forbids it, or a trigger rejects it
 NOT_YET = "55P03|40001|40P01"  # somebody's lock, a serialization failure, a deadlock
@@ -114,7 +115,7 @@ def classify(error: Exception) -> Exception:
     # Ids are not the client's: one that is taken comes from a sequence that is behind its table.
     taken_id = sqlstate == "23505" and re.search(r"\((user_id, )?id\)", getattr(error, "detail", None) or "")
     if re.fullmatch(INVALID, sqlstate) and not taken_id:
-        return Refused(getattr(error, "constraint_name", None) or "")
+        return Refused(getattr(error, "constraint_name", None) or type(error).__name__)
     return error
 
 
@@ -282,7 +283,7 @@ class Connection(asyncpg.Connection):
                         raise
             self.is_clean = True
         except Exception as error:
-            self.is_clean = isinstance(error, asyncpg.PostgresError)  # which comes when its transaction has ended
+            self.is_clean = bool(getattr(error, "severity", ""))  # one of the server comes when it has rolled back
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
             raise

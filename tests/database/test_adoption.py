@@ -101,6 +101,7 @@ def test_adopting_by_hand_even_twice_does_no_harm(database_url: str, tables: str
 
 TIMES = "ALTER COLUMN created_at TYPE {0}, ALTER COLUMN updated_at TYPE {0}"
 TEXTS = ", ".join(f"ALTER COLUMN {name} TYPE text" for name in ("user_id", "title", "description"))
+WITHOUT_NULL = "UPDATE task SET description = ''; ALTER TABLE task ALTER description SET NOT NULL"
 OUR_TYPES = f"ALTER COLUMN id TYPE bigint, {TEXTS}, {TIMES.format('timestamptz')}"
 OUR_DEFAULTS = (
     "ALTER COLUMN completed SET DEFAULT false, ALTER COLUMN created_at SET DEFAULT now(), "
@@ -117,6 +118,7 @@ OUR_DEFAULTS = (
         OUR_TYPES,
         f"{TIMES.format('timestamptz(0)')}, ALTER COLUMN id TYPE bigint, {OUR_DEFAULTS}",
         f"{OUR_TYPES}, {OUR_DEFAULTS}, ALTER COLUMN title DROP NOT NULL",
+        f"{OUR_TYPES}, {OUR_DEFAULTS}; {WITHOUT_NULL}",
     ],
 )
 def test_an_old_table_that_somebody_has_begun_to_convert_becomes_the_new_one(database_url: str, changes: str) -> None:

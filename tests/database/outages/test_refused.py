@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 import uuid
 from collections.abc import Iterator
@@ -141,6 +142,26 @@ def test_an_index_that_a_restore_has_not_made_yet_is_a_503(service: Service, url
     assert alice.tasks() == [task]
     execute(url, made)
     assert_healed(service, alice, [task])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "mended", "named"),
+    [
+        ("SELECT setval('task_id_seq', 9223372036854775807)", "SELECT setval('task_id_seq', 1000)", "Sequence"),
+        ("CREATE INDEX i ON task (description) WHERE title = 'Program'", "DROP INDEX i", "Program"),
+    ],
+    ids=["ids that are used up", "somebody's index that is too narrow"],
+)
+def test_what_the_database_has_no_place_for_is_a_503_until_somebody_makes_some(
+    service: Service, url: str, alice: Client, trouble: str, mended: str, named: str
+) -> None:
+    """SQLSTATE 2200H and 54000."""
+    task = {"title": named, "description": "".join(map(chr, random.Random(1).sample(range(0x1F000, 0x1FFFF), 2000)))}
+    execute(url, trouble)
+    assert_unavailable(alice.post("/api/tasks", json=task, headers={"X-Request-ID": named}))
+    assert f'error="{named}' in service.log_line(named)
+    execute(url, mended)
+    assert alice.post("/api/tasks", json=task).status_code == 201
 
 
 def test_a_damaged_table_is_a_503_until_it_is_restored(
