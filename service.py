@@ -379,7 +379,7 @@ async def list_response(request: Request, completed: bool | None) -> Response:
     """Return the answer of a list: a text with an ETag of its content, or a stream where that would be too long."""
     pages = queries(request).list_tasks(request.user, completed)
     # The user's other lists wait here, with no page in memory, and hold up no other user's.
-    async with asyncio.timeout(CALL_TIMEOUT), queries(request).semaphore(request.user, "list", LISTS_PER_USER):
+    async with asyncio.timeout(CALL_TIMEOUT), queries(request).semaphore(request.user, "a list", LISTS_PER_USER):
         piece: list[Record] = await anext(pages, [])
         text, count = bytearray(b'{"items":[' + to_json(piece)), len(piece)
         if count == FIRST_PAGE:  # there may be more

@@ -65,14 +65,15 @@ class Call(NamedTuple):
     deadline: float  # by the clock of the event loop
     rows: list[Record]  # that it has got
     done: asyncio.Future[None]
+    semaphore: object  # of its task or key: while it is in a batch, others see that, even if its request was cancelled
 
 
 class Queries:
     """The statements, each for the caller that it is given.
 
     A call waits in the queue of its statement, and a sender sends up to MAX_BATCH of them in one message. A call goes
-    alone where it would disturb a batch: after an error in its batch, for a further page of a list, for a change of a
-    task that this process is changing, and, if it is a write, while one of the same user and statement goes alone.
+    alone where it would disturb a batch: after an error in its batch, for a further page of a list, and as a write of a
+    task or key that this process is writing, or while a write of the same user and statement goes alone.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -88,7 +89,7 @@ class Queries:
         self.lone_reads, self.lone_writes = (asyncio.Semaphore(max(1, pool.get_max_size() // 4)) for _ in range(2))
         self.many_senders = pool.get_max_size() // 2  # if there are more, each gives its connection up after a batch
         self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
-        # By (user, task id), (user, statement of a lone call) or (user, "list"), as long as they are held or awaited.
+        # By (user, task id or key), (user, statement of a lone call), (user, "a list"), while they are held or awaited.
         self.semaphores: WeakValueDictionary[tuple[str, object], asyncio.Semaphore] = WeakValueDictionary()
 
     async def make_ready(self) -> None:
@@ -120,8 +121,8 @@ class Queries:
     async def create_task(self, user_id: str, key: str | None, digest: str | None, values: list[Any]) -> Record | None:
         """Return a new task, or the one that the key has made; None if that was by another request."""
         for _ in range(3):  # the task of the key may be deleted in between
-            if rows := await self._send(CREATE_TASK, user_id, key, digest, *values):
-                return rows[0]
+            if task := await self._write(CREATE_TASK, user_id, key, digest, *values):
+                return task
             if key is None:
                 raise Refused("no row and no key: a trigger has dropped it")
             if rows := await self._send(GET_TASK_BY_KEY, user_id, key, digest):
@@ -130,23 +131,21 @@ class Queries:
 
     async def update_task(self, user_id: str, task_id: int, versions: Versions, changes: list[Any]) -> Record | None:
         """Change a task, given for each field, one after the other: whether to set it, and to what."""
-        return await self._change(UPDATE_TASK, user_id, task_id, versions, *changes)
+        return await self._write(UPDATE_TASK, user_id, task_id, versions, *changes)
 
-    async def complete_task(
-        self, user_id: str, task_id: int, versions: Versions, completed: bool | None
-    ) -> Record | None:
+    async def complete_task(self, user_id: str, task_id: int, versions: Versions, value: bool | None) -> Record | None:
         """Set `completed`, or toggle it where None is given."""
-        return await self._change(COMPLETE_TASK, user_id, task_id, versions, completed)
+        return await self._write(COMPLETE_TASK, user_id, task_id, versions, value)
 
     async def delete_task(self, user_id: str, task_id: int, versions: Versions) -> Record | None:
-        return await self._change(DELETE_TASK, user_id, task_id, versions)
+        return await self._write(DELETE_TASK, user_id, task_id, versions)
 
-    async def _change(self, statement: str, user_id: str, task_id: int, *parameters: object) -> Record | None:
-        # A process makes one change of a task at a time. One that had to wait goes alone, as the reason may be a lock.
-        busy = (user_id, task_id) in self.semaphores
+    async def _write(self, statement: str, user_id: str, target: object, *parameters: object) -> Record | None:
+        # A process makes one write of a task or key at a time. One that had to wait goes alone, as it may meet a lock.
+        busy = (user_id, target) in self.semaphores
         limit = asyncio.timeout(CALL_TIMEOUT) if busy else nullcontext()  # a free semaphore needs no limit
-        async with limit, self.semaphore(user_id, task_id):
-            rows = await self._send(statement, user_id, task_id, *parameters, alone=busy)
+        async with limit, nullcontext() if target is None else self.semaphore(user_id, target):
+            rows = await self._send(statement, user_id, target, *parameters, alone=busy)
             return rows[0] if rows else None  # if there is no such task, or none of these versions
 
     async def _send(self, statement: str, user_id: str, *parameters: object, alone: bool = False) -> list[Record]:
@@ -159,7 +158,8 @@ class Queries:
         alone = alone or (not is_read and (user_id, statement) in self.semaphores)
         with self.span(statement):
             while True:
-                call = Call(user_id, parameters, deadline, [], self.loop.create_future())
+                held = None if is_read else self.semaphores.get((user_id, parameters[0]))
+                call = Call(user_id, parameters, deadline, [], self.loop.create_future(), held)
                 try:
                     if alone:
                         of_user = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if is_read else 1)

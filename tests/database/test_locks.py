@@ -248,6 +248,42 @@ def test_changes_of_one_task_go_one_at_a_time(database_url: str, is_locked: bool
     asyncio.run(check())
 
 
+class SlowCommit(Spy):
+    """A connection on which the end of a message takes its time, as with a standby far away."""
+
+    async def after(self, message: Message, rows: list[Any]) -> list[Any]:
+        await asyncio.sleep(0.3)
+        return rows
+
+
+@pytest.mark.parametrize("kind", ["change", "create"])
+def test_after_a_hang_up_the_next_write_of_the_same_disturbs_no_batch(database_url: str, kind: str) -> None:
+    """The first one is still being made, and would keep all of them waiting for its lock."""
+
+    async def check() -> None:
+        async with pool_and_queries(database_url, SlowCommit) as (pool, queries):
+            ids = await make_tasks(pool, USERS[:9])
+
+            def write(user_id: str) -> asyncio.Task[object]:
+                change = queries.complete_task(user_id, ids[user_id], None, None)
+                create = queries.create_task(user_id, "key", "hash", NEW)
+                chosen, other = (change, create) if kind == "change" else (create, change)
+                other.close()
+                return asyncio.create_task(chosen)
+
+            abandoned = write("user-0")
+            await wait_in_loop_until(lambda: len(Spy.sent) == 1)
+            abandoned.cancel()
+            await asyncio.wait([abandoned])
+            await asyncio.gather(*map(write, USERS[:9]))
+            together = [{call[0] for call in message.calls} for message in Spy.sent if len(message.calls) > 1]
+            assert together == [{*USERS[1:9]}]
+            del abandoned  # and the frames of its error
+            await wait_in_loop_until(lambda: gc.collect() >= 0 and not queries.semaphores)  # nothing is kept of it
+
+    asyncio.run(check())
+
+
 PATIENT: dict[str, Any] = {"lock_timeout": "20s", "deadlock_timeout": "10ms"}
 """With these a deadlock is seen as what it is, before a wait for a lock has ended."""
 
