@@ -451,7 +451,7 @@ class Answers:
         try:
             await app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
-            scope["error"] = "cut off, as the service was stopped"
+            scope["error"] = "cut off, by a stop of the service or a hang-up"
         except Exception as error:  # it has been answered with a 500, unless an answer had begun
             if isinstance(error.__cause__, Unavailable):  # Starlette wraps what comes after the beginning of an answer
                 scope["error"] = reason(error.__cause__)

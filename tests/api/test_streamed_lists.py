@@ -304,5 +304,5 @@ def test_a_list_that_nobody_reads_ends_as_an_error_when_the_service_stops(
         service.stop(seconds=40)
         listing.read().assert_broken()
     assert len(pages_read(postgres, user_id)) <= PAGES_AHEAD
-    assert service.log_line("unread").endswith('error="cut off, as the service was stopped"')
+    assert service.log_line("unread").endswith('error="cut off, by a stop of the service or a hang-up"')
     assert "Traceback" not in service.log
