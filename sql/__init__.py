@@ -65,7 +65,6 @@ class Call(NamedTuple):
     deadline: float  # by the clock of the event loop
     rows: list[Record]  # that it has got
     done: asyncio.Future[None]
-    semaphore: object  # of its task or key: while it is in a batch, others see that, even if its request was cancelled
 
 
 class Queries:
@@ -84,8 +83,7 @@ class Queries:
         self.schema_applied = False  # until it is, all methods raise Unavailable
         self.queues: dict[str, list[Call]] = {}  # by their statement; each list is emptied by a sender of its own
         self.senders: set[asyncio.Task[None]] = set()
-        # Reads that go alone take at most a quarter of the connections, and so do writes, which may wait for locks: so
-        # neither holds up the other, or batches. A pool of one serves all.
+        # A quarter of the connections for reads that go alone, and another for such writes, which may wait for locks.
         self.lone_reads, self.lone_writes = (asyncio.Semaphore(max(1, pool.get_max_size() // 4)) for _ in range(2))
         self.many_senders = pool.get_max_size() // 2  # if there are more, each gives its connection up after a batch
         self.long_lists = asyncio.Semaphore(LONG_LISTS_AT_ONCE)
@@ -158,8 +156,7 @@ class Queries:
         alone = alone or (not is_read and (user_id, statement) in self.semaphores)
         with self.span(statement):
             while True:
-                held = None if is_read else self.semaphores.get((user_id, parameters[0]))
-                call = Call(user_id, parameters, deadline, [], self.loop.create_future(), held)
+                call = Call(user_id, parameters, deadline, [], self.loop.create_future())
                 try:
                     if alone:
                         of_user = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if is_read else 1)
@@ -203,6 +200,7 @@ class Queries:
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
         """Send calls over one connection, in batches, until none are left, others need it, or a batch fails."""
         connection: Any = None  # a database.Connection
+        held: list[object] = []  # semaphores of what the batch writes, for the next writes to see even after a hang-up
         try:
             while queue:
                 if len(self.senders) > 1:  # while the database is busy, let more requests come into the batch
@@ -215,6 +213,7 @@ class Queries:
                         connection = await self.pool.acquire()
                 if statement not in READS:  # by user and id or key: batches lock rows in one order, so never deadlock
                     batch.sort(key=lambda call: (call.user_id, str(call.parameters[0])))
+                    held[:] = [self.semaphores.get((call.user_id, call.parameters[0])) for call in batch]
                 batch = [call for call in batch if not call.done.done()]  # it is done if the request was cancelled
                 parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
                 seconds = deadline - self.loop.time()
@@ -241,6 +240,7 @@ class Queries:
                     call.done.set_exception(error)
                     call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
+            held.clear()
             if not queue:  # now, so that the next call starts a sender at once
                 self._hand_over_queue(statement, queue)
             if connection:
