@@ -68,11 +68,10 @@ class Call(NamedTuple):
 
 
 class Queries:
-    """The statements, each for the caller that it is given.
+    """The statements, each for the caller that it is given. Up to MAX_BATCH calls of one share a message, by a sender.
 
-    A call waits in the queue of its statement, and a sender sends up to MAX_BATCH of them in one message. A call goes
-    alone where it would disturb a batch: after an error in its batch, for a further page of a list, and as a write of a
-    task or key that this process is writing, or while a write of the same user and statement goes alone.
+    A call goes alone where it would disturb others: after an error in its batch, for a further page of a list, and as a
+    write of a task or key that this process is writing, or while a write of the same user and statement goes alone.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -101,8 +100,7 @@ class Queries:
 
     async def get_task(self, user_id: str, task_id: int) -> Record | None:
         """Return a task, or None where the caller has none with this id."""
-        rows = await self._send(GET_TASK, user_id, task_id)
-        return rows[0] if rows else None
+        return rows[0] if (rows := await self._send(GET_TASK, user_id, task_id)) else None
 
     async def list_tasks(self, user_id: str, completed: bool | None) -> AsyncIterator[list[Record]]:
         """Yield the caller's tasks, newest first, in pieces of FIRST_PAGE: all, or those whose `completed` is this."""
@@ -169,7 +167,7 @@ class Queries:
                         self.queues[statement].append(call)
                     else:
                         self.queues[statement] = [call]
-                        self._start_sender(statement)
+                        self._start_sender(statement, self.queues[statement])
                     await call.done
                     return call.rows
                 except Exception as error:
@@ -183,8 +181,8 @@ class Queries:
                     pause = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0
                     alone = True
 
-    def _start_sender(self, statement: str) -> None:
-        sender = self.loop.create_task(self._send_queue(statement, self.queues[statement]))
+    def _start_sender(self, statement: str, queue: list[Call]) -> None:
+        sender = self.loop.create_task(self._send_queue(statement, queue))
         self.senders.add(sender)
         sender.add_done_callback(self.senders.discard)
 
@@ -195,7 +193,7 @@ class Queries:
             if queue:
                 self.queues[statement] = queue.copy()
                 queue.clear()  # which ends the loop of the old sender
-                self._start_sender(statement)
+                self._start_sender(statement, self.queues[statement])
 
     async def _send_queue(self, statement: str, queue: list[Call]) -> None:
         """Send calls over one connection, in batches, until none are left, others need it, or a batch fails."""
@@ -206,7 +204,7 @@ class Queries:
                 if len(self.senders) > 1:  # while the database is busy, let more requests come into the batch
                     await asyncio.sleep(0)
                 batch, queue[:MAX_BATCH] = queue[:MAX_BATCH], []
-                deadline = batch[0].deadline  # of the call that has waited longest
+                deadline = min(call.deadline for call in batch)
                 timer = self.loop.call_later(MAX_DELAY, self._hand_over_queue, statement, queue)
                 if not connection:
                     async with asyncio.timeout_at(deadline):
@@ -235,10 +233,12 @@ class Queries:
         except Exception as error:
             if database.shows_outdated(connection, error):
                 await self.pool.expire_connections()  # the other connections are as old
-            for call in batch:
-                if not call.done.done():
-                    call.done.set_exception(error)
-                    call.done.exception()  # or asyncio would complain if the caller has just been cancelled
+            rest = [call for call in batch if not call.done.done()]
+            if isinstance(error, PostgresError) and 0 < len(rest) < len(batch):
+                return self._start_sender(statement, rest)  # the error may be due to one whose client has hung up
+            for call in rest:
+                call.done.set_exception(error)
+                call.done.exception()  # or asyncio would complain if the caller has just been cancelled
         finally:
             held.clear()
             if not queue:  # now, so that the next call starts a sender at once

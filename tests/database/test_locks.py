@@ -284,6 +284,24 @@ def test_after_a_hang_up_the_next_write_of_the_same_disturbs_no_batch(database_u
     asyncio.run(check())
 
 
+def test_who_meets_a_lock_and_hangs_up_has_nobody_go_alone(database_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(database_url, lock_timeout="500ms") as (pool, queries):
+            ids = await make_tasks(pool, USERS[:20])
+            with locked_tasks(database_url, "user-7"):
+                toggles = [
+                    asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None))
+                    for user_id in USERS[:20]
+                ]
+                await wait_in_loop_until(lambda: sizes() == [20])
+                toggles[7].cancel()
+                await asyncio.gather(*toggles[:7], *toggles[8:])
+            assert sizes() == [20, 19]
+            assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 19
+
+    asyncio.run(check())
+
+
 PATIENT: dict[str, Any] = {"lock_timeout": "20s", "deadlock_timeout": "10ms"}
 """With these a deadlock is seen as what it is, before a wait for a lock has ended."""
 
