@@ -157,7 +157,7 @@ class Queries:
                 call = Call(user_id, parameters, deadline, [], self.loop.create_future())
                 try:
                     if alone:
-                        of_user = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if is_read else 1)
+                        of_user: Any = self.semaphore(user_id, statement, LONE_READS_AT_ONCE if is_read else 1)
                         of_all = self.lone_reads if is_read else self.lone_writes
                         async with asyncio.timeout_at(deadline):
                             await asyncio.sleep(pause)
@@ -176,6 +176,7 @@ class Queries:
                     send_again = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
                     read_again = isinstance(error, ConnectionError) and may_read_again
                     if not send_again and not read_again:
+                        of_user = None  # the error keeps this frame until garbage is collected
                         raise classify(error) from None
                     may_read_again = may_read_again and not read_again
                     pause = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import ClassVar
 
+import pytest
+
 import sql
-from tests.support.batches import USERS, Message, Spy, make_tasks, pool_and_queries, whole_list
+from sql import Refused
+from tests.support.batches import NEW, USERS, Message, Spy, make_tasks, pool_and_queries, sizes, values_of, whole_list
 from tests.support.waiting import wait_in_loop_until
 
 
@@ -105,5 +109,23 @@ def test_a_pool_of_one_connection_serves_each_statement_however_many_wait_for_an
             assert len(Spy.sent) - before < 10
             finished = True
             await asyncio.gather(*asking)
+
+    asyncio.run(check())
+
+
+def test_after_a_write_that_failed_alone_those_of_its_user_share_messages_again(database_url: str) -> None:
+    """At once: it may take the garbage collector a minute to find what an error has kept."""
+
+    async def check() -> None:
+        async with pool_and_queries(database_url) as (_, queries):
+            gc.disable()
+            try:
+                with pytest.raises(Refused):
+                    await queries.create_task("user-1", None, None, values_of(" "))
+                Spy.sent.clear()
+                await asyncio.gather(*(queries.create_task("user-1", None, None, NEW) for _ in range(9)))
+                assert sizes() == [9]
+            finally:
+                gc.enable()
 
     asyncio.run(check())
