@@ -311,7 +311,7 @@ BEGIN_SCHEMA = """
 PRESENT = """
     SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('task') AND attnum > 0 AND NOT attisdropped
     UNION ALL
-    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task')
+    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task') AND indisvalid
 """
 EXPECTED = set(re.findall(r"(?m)(?:^    |(?:INDEX|COLUMN) IF NOT EXISTS )([a-z_]+)\b", SCHEMA))  # columns and indexes
 
@@ -332,6 +332,9 @@ async def apply_schema(pool: Pool) -> None:
                     await connection.execute(ADOPT, timeout=SCHEMA_TIMEOUT)
                 if not present >= EXPECTED:  # IF NOT EXISTS needs the CREATE privilege even where all is there
                     await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
+                    if missing := EXPECTED - {row[0] for row in await connection.fetch(PRESENT)}:
+                        names = ", ".join(sorted(missing))
+                        raise Unavailable(f"an index of this name is invalid, or of another table: {names}")
                 await connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(asyncpg.InterfaceError):  # the pool has closed it already

@@ -494,6 +494,33 @@ def test_migrate_says_what_stands_in_the_way_of_adoption_and_changes_nothing(dat
     assert fingerprint(database_url) == before
 
 
+KEY_INDEX = "task_idempotency_key_idx"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mend"),
+    [
+        ("ALTER TABLE task RENAME TO task_before", "DROP TABLE task_before"),
+        ("UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{}'::regclass", "REINDEX INDEX {}"),
+    ],
+    ids=["of another table", "invalid"],
+)
+def test_an_index_that_cannot_be_made_is_told(
+    database_url: str, spoil: str, mend: str, start_service: StartService
+) -> None:
+    """IF NOT EXISTS passes over its name, but without it each creation would fail."""
+    apply_schema(database_url)
+    execute(database_url, spoil.format(KEY_INDEX))
+    assert_one_sentence(release(database_url), KEY_INDEX)
+    service = start_service(database_url, constants={"service.STARTUP_TIMEOUT": 0.1})
+    assert_unavailable(service)
+    assert KEY_INDEX in service.log
+    execute(database_url, mend.format(KEY_INDEX))
+    service.wait_until_ready()
+    with service.client("alice") as alice:
+        use_one_task(alice)
+
+
 # --- Indexes
 
 
