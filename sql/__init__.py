@@ -216,9 +216,8 @@ class Queries:
                 batch = [call for call in batch if not call.done.done()]  # it is done if the request was cancelled
                 parameters = [(call.user_id, number, *call.parameters) for number, call in enumerate(batch)]
                 seconds = deadline - self.loop.time()
-                async with connection.sending(seconds):
-                    # One message and one transaction, in which the statement is executed for each call with its own $1.
-                    # Without a call asyncpg would begin one and not end it.
+                async with connection.sending(seconds, 0 if statement in READS else len(batch)):
+                    # One transaction: its statement is executed for each call with its own $1. With none it stays open.
                     rows = await connection.fetchmany(statement, parameters, timeout=seconds) if batch else []
                 for row in rows:
                     call = batch[row["call"]]

@@ -233,6 +233,7 @@ class Connection(asyncpg.Connection):
 
     # Whether each transaction has to set lock_timeout: where a pooler has refused or dropped it as a parameter.
     sets_lock_timeout = False
+    is_citus = False  # whether each statement of a message is a transaction of its own, as on a coordinator of Citus
     opened_at = 0.0  # by time.monotonic
     is_clean = True  # whether the last message was sent to its end
 
@@ -252,7 +253,9 @@ class Connection(asyncpg.Connection):
             tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         self.opened_at = time.monotonic()
         try:
-            self.sets_lock_timeout = await self.fetchval("SHOW lock_timeout") != LOCK_TIMEOUT
+            settings = "SELECT current_setting('lock_timeout'), current_setting('citus.version', true)"
+            [(lock_timeout, citus_version)] = await self.fetch(settings)
+            self.sets_lock_timeout, self.is_citus = lock_timeout != LOCK_TIMEOUT, citus_version is not None
             # Timestamps come as integers: asyncpg takes three times as long as Python to make a datetime of one.
             await self.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
         except BaseException:
@@ -260,20 +263,25 @@ class Connection(asyncpg.Connection):
             raise
 
     @contextlib.asynccontextmanager
-    async def sending(self, seconds: float) -> AsyncIterator[None]:
+    async def sending(self, seconds: float, writes: int) -> AsyncIterator[None]:
         """Wrap the sending of a message: raise ConnectionError if the connection is lost, or gives no answer in time.
 
-        Where lock_timeout is not set, make a transaction around it that sets it, and that may take `seconds`.
+        Raise Unavailable if a write may have been made although it has got an error. Other SQL errors have undone all.
+        Make a transaction around the message, which may take `seconds`, where lock_timeout must be set in it, or where
+        its several writes would not be one.
         """
         self.is_clean = False
+        needs_transaction = self.sets_lock_timeout or (self.is_citus and writes > 1)
+        commits = not needs_transaction  # whether what is being sent commits
         try:
-            if not self.sets_lock_timeout:
+            if not needs_transaction:
                 yield
             else:
                 async with asyncio.timeout(seconds):
                     try:
                         await self.execute(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
                         yield
+                        commits = True
                         await self.execute("COMMIT")
                     except asyncpg.PostgresError:
                         await self.execute("ROLLBACK")
@@ -286,6 +294,8 @@ class Connection(asyncpg.Connection):
             self.is_clean = bool(getattr(error, "severity", ""))  # one of the server comes when it has rolled back
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
+            if writes and commits and isinstance(error, asyncpg.PostgresConnectionError):
+                raise Unavailable(reason(error)) from None  # a coordinator of Citus has lost its worker
             raise
 
 

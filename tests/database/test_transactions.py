@@ -9,9 +9,10 @@ import asyncpg
 import pytest
 
 import sql
-from sql import Refused
+from sql import Refused, database
 from sql.database import Unavailable
-from tests.support.batches import NEW, Spy, pool_and_queries, sizes, values_of
+from tests.support.batches import NEW, USERS, Spy, make_tasks, pool_and_queries, sizes, values_of
+from tests.support.database import locked
 from tests.support.waiting import wait_in_loop_until
 
 
@@ -104,5 +105,118 @@ def test_what_the_database_refuses_has_ended_its_transaction(
                 await queries.create_task("user-1", None, None, values_of(" "))
             await wait_in_loop_until(lambda: pool.get_idle_size() == 1)
             assert Executing.executed == expected * 2  # in a batch, and alone
+
+    asyncio.run(check())
+
+
+# --- Citus -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_coordinator_of_citus_is_known_by_its_setting(database_url: str) -> None:
+    async def check() -> None:
+        for options, expected in ("", False), ("?options=-c%20citus.version%3D13.2", True):
+            connection = await database.connect(database_url + options, connection_class=database.Connection)
+            assert connection.is_citus is expected
+            await connection.close()
+
+    asyncio.run(check())
+
+
+class Coordinator(Spy):
+    """A connection that is like one to Citus: without a transaction each statement of a message is one of its own."""
+
+    is_citus = True
+    commits: ClassVar[int] = 0
+
+    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+        if self.is_in_transaction():
+            return await super().fetchmany(query, args, **options)
+        rows = []
+        for call in args:
+            rows += await super().fetchmany(query, [call], **options)
+        return rows
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> Any:
+        Coordinator.commits += query == "COMMIT"
+        return await super().execute(query, *args, **options)
+
+
+def test_a_lock_on_citus_makes_nobody_write_twice(database_url: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(database_url, Coordinator) as (pool, queries):
+            ids = await make_tasks(pool, USERS[:20])
+            with locked(database_url, "SELECT FROM task WHERE user_id = 'user-7' FOR UPDATE"):
+                writes = [
+                    asyncio.create_task(queries.complete_task(user_id, ids[user_id], None, None))
+                    for user_id in USERS[:20]
+                ]
+                await asyncio.gather(*writes[:7], *writes[8:])
+            await writes[7]
+            assert await pool.fetchval("SELECT count(*) FROM task WHERE completed") == 20
+
+    asyncio.run(check())
+
+
+def test_on_citus_only_several_writes_need_a_transaction(database_url: str) -> None:
+    """It costs two more round trips."""
+
+    async def check() -> None:
+        async with pool_and_queries(database_url, Coordinator) as (pool, queries):
+            ids = await make_tasks(pool, USERS[:2])
+            Coordinator.commits = 0
+            await asyncio.gather(*(queries.get_task(user_id, task_id) for user_id, task_id in ids.items()))
+            await queries.complete_task("user-0", ids["user-0"], None, None)
+            assert Coordinator.commits == 0
+            await asyncio.gather(*(queries.complete_task(*each, None, None) for each in ids.items()))
+            assert Coordinator.commits == 1
+
+    asyncio.run(check())
+
+
+class LosesWorker(Coordinator):
+    """A coordinator that loses its worker once: before a message, after it, or after a commit."""
+
+    when: ClassVar[str] = ""
+
+    def lose_worker(self, when: str) -> None:
+        if LosesWorker.when == when:
+            LosesWorker.when = ""
+            raise asyncpg.ConnectionFailureError("connection to the remote node failed")
+
+    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+        self.lose_worker("before a message")
+        rows = await super().fetchmany(query, args, **options)
+        self.lose_worker("after a message")
+        return rows
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> Any:
+        status = await super().execute(query, *args, **options)
+        if query == "COMMIT":
+            self.lose_worker("after a commit")
+        return status
+
+
+@pytest.mark.parametrize(
+    ("when", "users", "expected"),
+    [
+        ("before a message", 1, 0),  # it may have been made, for all that the service knows
+        ("after a message", 1, 1),
+        ("before a message", 9, 9),  # the transaction was rolled back, so they are sent again
+        ("after a message", 9, 9),
+        ("after a commit", 9, 9),
+    ],
+)
+def test_when_citus_loses_a_worker_nothing_is_written_twice(
+    database_url: str, when: str, users: int, expected: int
+) -> None:
+    async def check() -> None:
+        async with pool_and_queries(database_url, LosesWorker) as (pool, queries):
+            LosesWorker.when = when
+            creations = (queries.create_task(user_id, None, None, NEW) for user_id in USERS[:users])
+            answers = await asyncio.gather(*creations, return_exceptions=True)
+            unknown = users == 1 or when == "after a commit"
+            assert [isinstance(answer, Unavailable) for answer in answers] == [unknown] * users
+            assert await pool.fetchval("SELECT count(*) FROM task") == expected
+            assert LosesWorker.when == ""
 
     asyncio.run(check())
