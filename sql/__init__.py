@@ -176,11 +176,11 @@ class Queries:
                     send_again = isinstance(error, PostgresError) and (not alone or may_succeed_later(error))
                     read_again = isinstance(error, ConnectionError) and may_read_again
                     if not send_again and not read_again:
-                        of_user = None  # the error keeps this frame until garbage is collected
                         raise classify(error) from None
                     may_read_again = may_read_again and not read_again
-                    pause = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0
-                    alone = True
+                    pause, alone = min(2 * pause or MIN_PAUSE, MAX_PAUSE) if alone else 0.0, True
+                finally:
+                    of_user = None  # an error keeps this frame until garbage is collected
 
     def _start_sender(self, statement: str, queue: list[Call]) -> None:
         sender = self.loop.create_task(self._send_queue(statement, queue))

@@ -113,18 +113,22 @@ def test_a_pool_of_one_connection_serves_each_statement_however_many_wait_for_an
     asyncio.run(check())
 
 
-def test_after_a_write_that_failed_alone_those_of_its_user_share_messages_again(database_url: str) -> None:
+def test_after_writes_that_went_alone_those_of_their_users_share_messages_again(database_url: str) -> None:
     """At once: it may take the garbage collector a minute to find what an error has kept."""
 
     async def check() -> None:
         async with pool_and_queries(database_url) as (_, queries):
             gc.disable()
             try:
+                good = asyncio.create_task(queries.create_task("user-1", None, None, NEW))
                 with pytest.raises(Refused):
-                    await queries.create_task("user-1", None, None, values_of(" "))
+                    await queries.create_task("user-2", None, None, values_of(" "))
+                await good
+                assert sizes() == [2, 1, 1]
                 Spy.sent.clear()
-                await asyncio.gather(*(queries.create_task("user-1", None, None, NEW) for _ in range(9)))
-                assert sizes() == [9]
+                again = (queries.create_task(user_id, None, None, NEW) for user_id in ("user-1", "user-2"))
+                await asyncio.gather(*again)
+                assert sizes() == [2]
             finally:
                 gc.enable()
 
