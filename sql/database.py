@@ -294,8 +294,10 @@ class Connection(asyncpg.Connection):
             self.is_clean = bool(getattr(error, "severity", ""))  # one of the server comes when it has rolled back
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
-            if writes and commits and isinstance(error, asyncpg.PostgresConnectionError):
-                raise Unavailable(reason(error)) from None  # a coordinator of Citus has lost its worker
+            # A coordinator of Citus may have lost its worker, or have been cancelled while the worker committed.
+            unknown = asyncpg.PostgresConnectionError, asyncpg.QueryCanceledError if self.is_citus else ()
+            if writes and commits and isinstance(error, unknown):
+                raise Unavailable(reason(error)) from None
             raise
 
 
@@ -307,7 +309,7 @@ async def release(pool: Pool, connection: Any) -> None:
 
 SCHEMA, ADOPT = ((Path(__file__).parent / name).read_text("utf-8") for name in ("schema.sql", "adopt.sql"))
 BEGIN_SCHEMA = """
-    BEGIN;
+    BEGIN ISOLATION LEVEL READ COMMITTED;  -- so that it sees what another process has made while it waited
     SET LOCAL lock_timeout = '5s';  -- another process may be applying it; this one tries again later
     SET LOCAL statement_timeout = 0;
     SET LOCAL idle_in_transaction_session_timeout = '5s';  -- lets go of the lock if this connection is lost
@@ -321,7 +323,8 @@ BEGIN_SCHEMA = """
 PRESENT = """
     SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('task') AND attnum > 0 AND NOT attisdropped
     UNION ALL
-    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task') AND indisvalid
+    SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = to_regclass('task')
+      AND (indisvalid OR NOT indisunique)
 """
 EXPECTED = set(re.findall(r"(?m)(?:^    |(?:INDEX|COLUMN) IF NOT EXISTS )([a-z_]+)\b", SCHEMA))  # columns and indexes
 
@@ -342,9 +345,12 @@ async def apply_schema(pool: Pool) -> None:
                     await connection.execute(ADOPT, timeout=SCHEMA_TIMEOUT)
                 if not present >= EXPECTED:  # IF NOT EXISTS needs the CREATE privilege even where all is there
                     await connection.execute(SCHEMA, timeout=SCHEMA_TIMEOUT)
-                    if missing := EXPECTED - {row[0] for row in await connection.fetch(PRESENT)}:
-                        names = ", ".join(sorted(missing))
-                        raise Unavailable(f"an index of this name is invalid, or of another table: {names}")
+                    missing = EXPECTED - {row[0] for row in await connection.fetch(PRESENT)}
+                    text = f"an index of this name is invalid, or of another table: {', '.join(sorted(missing))}"
+                    if any(KEY_INDEX in name for name in missing):
+                        raise Unavailable(text)  # each creation needs it
+                    if missing:
+                        log.warning("lists may be slow: %s", text)
                 await connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(asyncpg.InterfaceError):  # the pool has closed it already

@@ -177,11 +177,12 @@ class LosesWorker(Coordinator):
     """A coordinator that loses its worker once: before a message, after it, or after a commit."""
 
     when: ClassVar[str] = ""
+    error: ClassVar[type[asyncpg.PostgresError]]
 
     def lose_worker(self, when: str) -> None:
         if LosesWorker.when == when:
             LosesWorker.when = ""
-            raise asyncpg.ConnectionFailureError("connection to the remote node failed")
+            raise self.error("of the coordinator, about its worker")
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         self.lose_worker("before a message")
@@ -196,6 +197,7 @@ class LosesWorker(Coordinator):
         return status
 
 
+@pytest.mark.parametrize("error", [asyncpg.ConnectionFailureError, asyncpg.QueryCanceledError])
 @pytest.mark.parametrize(
     ("when", "users", "expected"),
     [
@@ -207,11 +209,11 @@ class LosesWorker(Coordinator):
     ],
 )
 def test_when_citus_loses_a_worker_nothing_is_written_twice(
-    database_url: str, when: str, users: int, expected: int
+    database_url: str, when: str, users: int, expected: int, error: type[asyncpg.PostgresError]
 ) -> None:
     async def check() -> None:
         async with pool_and_queries(database_url, LosesWorker) as (pool, queries):
-            LosesWorker.when = when
+            LosesWorker.when, LosesWorker.error = when, error
             creations = (queries.create_task(user_id, None, None, NEW) for user_id in USERS[:users])
             answers = await asyncio.gather(*creations, return_exceptions=True)
             unknown = users == 1 or when == "after a commit"
