@@ -84,6 +84,7 @@ TRANSIENT = (
 )
 INVALID = "(22|23)...|P0001"  # the database cannot take a value, a constraint forbids it, or a trigger rejects it
 NOT_YET = "55P03|40001|40P01"  # somebody's lock, a serialization failure, a deadlock
+UNDONE = f"{INVALID}|{NOT_YET}|(0A|25|42)..."  # what has surely done nothing, though Citus or a pooler reports it
 KEY_INDEX = "idempotency_key_idx"  # a part of the names of version 1.0's key index, and of a copy that REINDEX makes
 
 
@@ -294,9 +295,9 @@ class Connection(asyncpg.Connection):
             self.is_clean = bool(getattr(error, "severity", ""))  # one of the server comes when it has rolled back
             if self.is_closed() or isinstance(error, LOST):
                 raise ConnectionError(reason(error)) from None
-            # A coordinator of Citus may have lost its worker, or have been cancelled while the worker committed.
-            unknown = asyncpg.PostgresConnectionError, asyncpg.QueryCanceledError if self.is_citus else ()
-            if writes and commits and isinstance(error, unknown):
+            # Citus and poolers have many SQL errors for a server that is lost. It may have committed before.
+            is_in_between, sqlstate = self.is_citus or self.sets_lock_timeout, getattr(error, "sqlstate", None)
+            if writes and commits and is_in_between and sqlstate and not re.fullmatch(UNDONE, sqlstate):
                 raise Unavailable(reason(error)) from None
             raise
 

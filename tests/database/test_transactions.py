@@ -197,7 +197,11 @@ class LosesWorker(Coordinator):
         return status
 
 
-@pytest.mark.parametrize("error", [asyncpg.ConnectionFailureError, asyncpg.QueryCanceledError])
+@pytest.mark.parametrize(
+    "error",
+    # Citus says of a commit without an answer: could not commit transaction for shard on at least one active node.
+    [asyncpg.ConnectionFailureError, asyncpg.QueryCanceledError, asyncpg.InternalServerError],
+)
 @pytest.mark.parametrize(
     ("when", "users", "expected"),
     [
@@ -220,5 +224,43 @@ def test_when_citus_loses_a_worker_nothing_is_written_twice(
             assert [isinstance(answer, Unavailable) for answer in answers] == [unknown] * users
             assert await pool.fetchval("SELECT count(*) FROM task") == expected
             assert LosesWorker.when == ""
+
+    asyncio.run(check())
+
+
+class PoolerLosesServer(LosesWorker):
+    """A pooler that goes on after it has lost the server of a transaction, as pgcat does."""
+
+    is_citus = False
+    sets_lock_timeout = True
+
+
+@pytest.mark.parametrize("when", ["before a message", "after a commit"])
+def test_when_a_pooler_loses_its_server_nothing_is_written_twice(database_url: str, when: str) -> None:
+    async def check() -> None:
+        async with pool_and_queries(database_url, PoolerLosesServer) as (pool, queries):
+            LosesWorker.when, LosesWorker.error = when, asyncpg.PostgresSystemError
+            creations = (queries.create_task(user_id, None, None, NEW) for user_id in USERS[:9])
+            answers = await asyncio.gather(*creations, return_exceptions=True)
+            assert [isinstance(answer, Unavailable) for answer in answers] == [when == "after a commit"] * 9
+            assert await pool.fetchval("SELECT count(*) FROM task") == 9
+
+    asyncio.run(check())
+
+
+def test_an_error_of_a_trigger_is_nobody_elses(database_url: str) -> None:
+    """A trigger may call another server, and lose it, which is an error of class 08. Its message is rolled back."""
+    trigger = """
+        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE '08006'; END $$;
+        CREATE TRIGGER fail BEFORE INSERT ON task FOR EACH ROW WHEN (NEW.user_id = 'user-3') EXECUTE FUNCTION fail()
+    """
+
+    async def check() -> None:
+        async with pool_and_queries(database_url) as (pool, queries):
+            await pool.execute(trigger)
+            creations = (queries.create_task(user_id, None, None, NEW) for user_id in USERS[:9])
+            answers = await asyncio.gather(*creations, return_exceptions=True)
+            assert [isinstance(answer, Unavailable) for answer in answers] == [n == 3 for n in range(9)]
+            assert await pool.fetchval("SELECT count(*) FROM task") == 8
 
     asyncio.run(check())
