@@ -526,6 +526,17 @@ def test_an_index_that_cannot_be_made_is_told(
         use_one_task(alice)
 
 
+LIKE_OURS = "ALTER TABLE task RENAME TO task_before; CREATE TABLE task (LIKE task_before INCLUDING ALL)"
+
+
+def test_an_index_of_keys_may_have_another_name(database_url: str, start_service: StartService) -> None:
+    apply_schema(database_url)
+    execute(database_url, LIKE_OURS)
+    assert release(database_url).returncode == 0
+    with start_service(database_url).client("alice") as alice:
+        use_one_task(alice)
+
+
 @pytest.mark.parametrize(
     ("spoil", "is_told"),
     [("DROP INDEX {0}; CREATE TABLE other (x text); CREATE INDEX {0} ON other (x)", True), (INVALID, False)],
